@@ -1,0 +1,50 @@
+"""Relative position representations (Shaw, Uszkoreit, Vaswani, arXiv 1803.02155)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from wavelet_jax.errors import UserError
+from wavelet_jax.positions.terms import Params, Terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaw:
+    """A learned vector a distance, clipped to [-clip_distance, clip_distance], shared by the heads of a layer.
+
+    Attributes:
+      clip_distance: k, tokens; farther keys share the vector of distance k.
+      values: also add a learned vector to the values (Shaw's Eq. 3); the key side is always there (Eq. 4).
+    """
+
+    num_heads: int
+    head_dim: int
+    clip_distance: int = 64
+    values: bool = False
+    per_layer: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.clip_distance < 1:
+            raise UserError(f"shaw's clip_distance must be at least 1, not {self.clip_distance}")
+
+    def init(self, key: jax.Array) -> Params:
+        shape = (2 * self.clip_distance + 1, self.head_dim)
+        names = ("keys", "values") if self.values else ("keys",)
+        # The scale of Xavier's rule for such a table.
+        scale = (2 / sum(shape)) ** 0.5
+        return {
+            name: scale * jax.random.normal(each, shape)
+            for name, each in zip(names, jax.random.split(key, len(names)), strict=True)
+        }
+
+    def terms(self, params: Params) -> Terms:
+        def lookup(name: str):
+            def vectors(distance: jax.Array) -> jax.Array:
+                clipped = jnp.clip(distance, -self.clip_distance, self.clip_distance)
+                return params[name][clipped + self.clip_distance]
+
+            return vectors
+
+        return Terms(relative_keys=lookup("keys"), relative_values=lookup("values") if self.values else None)

@@ -1,0 +1,57 @@
+"""The seam between position methods and attention: what a method may change."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """Everything a position method may do to attention; a field left None does nothing (all None is NoPE).
+
+    Attention computes, for query m and key n at distance t = m - n (positions in tokens, integers),
+
+        score[m, n] = ((q_m + content_bias) . k_n + (q_m + position_bias) . relative_keys(t)) / sqrt(D) + bias(t)
+        output[m]   = sum over n of softmax(score)[m, n] (v_n + relative_values(t))
+
+    with q and k rotated first, and position arithmetic in float32 whatever the model computes in. Functions take
+    positions or distances, never a length, so caches, packed documents and unseen lengths use the same code.
+    """
+
+    # positions [...] -> [..., d_model], added to the token embedding (sinusoidal, learned)
+    embed: Callable[[jax.Array], jax.Array] | None = None
+    # (x [B, T, H, D], positions [T] or [B, T]) -> x, applied to queries and keys (RoPE)
+    rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    # distances [...] -> [..., D] or [H, ..., D] (wavelet, Shaw, Transformer-XL)
+    relative_keys: Callable[[jax.Array], jax.Array] | None = None
+    # distances [...] -> [..., D] or [H, ..., D] (Shaw's value side)
+    relative_values: Callable[[jax.Array], jax.Array] | None = None
+    # [H, D] each: u and v of Transformer-XL
+    content_bias: jax.Array | None = None
+    position_bias: jax.Array | None = None
+    # distances [...] -> [H, ...] (ALiBi, T5)
+    bias: Callable[[jax.Array], jax.Array] | None = None
+    # distance in tokens past which relative_keys is below the method's stated tolerance; None: not bounded
+    support: int | None = None
+    # positions from here on are refused (learned positions past their table); None: any position
+    max_positions: int | None = None
+
+
+class PositionMethod(Protocol):
+    """What every entry of `METHODS` is: a frozen dataclass of hyper-parameters with two pure functions."""
+
+    num_heads: int  # query heads
+    head_dim: int
+    per_layer: bool  # True: each layer has parameters of its own; False: one set serves them all
+
+    def init(self, key: jax.Array) -> Params:
+        """Learned parameters in float32; an empty dict for most methods."""
+        ...
+
+    def terms(self, params: Params) -> Terms:
+        """What attention needs. Called inside the traced function: `Terms` is not a pytree."""
+        ...
