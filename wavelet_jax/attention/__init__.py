@@ -51,16 +51,20 @@ def attention(
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
     _check_shapes(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
-    (_, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    (batch, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     if (query_positions is None or key_positions is None) and num_queries != num_keys:
         raise UserError(
             f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
             "give query_positions and key_positions"
         )
+    if not 0 <= dropout_rate < 1:
+        raise UserError(f"attention's dropout_rate must be at least 0 and below 1, not {dropout_rate}")
     if dropout_rate > 0 and dropout_key is None:
         raise UserError("attention dropout needs a dropout_key")
-    query_positions = jnp.arange(num_queries) if query_positions is None else jnp.asarray(query_positions)
-    key_positions = jnp.arange(num_keys) if key_positions is None else jnp.asarray(key_positions)
+    if window is not None and window < 1:
+        raise UserError(f"attention's window must be at least 1 (a query's own position), not {window}")
+    query_positions = _positions("query_positions", query_positions, batch, num_queries)
+    key_positions = _positions("key_positions", key_positions, batch, num_keys)
 
     if terms.rotate is not None:
         with jax.named_scope("rotate"):
@@ -73,6 +77,11 @@ def attention(
         visible &= jnp.abs(distance) < window
     if segment_ids is not None:
         query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        if query_segments.shape != (batch, num_queries) or key_segments.shape != (batch, num_keys):
+            raise UserError(
+                f"segment_ids must be [B, T] = ({batch}, {num_queries}) with T = S, or a pair of that and "
+                f"[B, S] = ({batch}, {num_keys}), not {query_segments.shape} and {key_segments.shape}"
+            )
         visible = visible & (query_segments[:, :, None] == key_segments[:, None, :])
 
     match backend:
@@ -88,6 +97,17 @@ def attention(
                 dropout_rate=dropout_rate,
                 dropout_key=dropout_key,
             )
+
+
+def _positions(name: str, positions: jax.Array | None, batch: int, length: int) -> jax.Array:
+    """int32 positions [length] or [B, length]; unsigned ones would have no negative distances."""
+    positions = jnp.arange(length) if positions is None else jnp.asarray(positions)
+    if positions.shape not in ((length,), (batch, length)) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise UserError(
+            f"{name} must be integers of shape ({length},) or ({batch}, {length}), "
+            f"not {positions.dtype} of shape {positions.shape}"
+        )
+    return positions.astype(jnp.int32)
 
 
 def _check_shapes(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array) -> None:
