@@ -26,7 +26,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
 
     # --- The decoder: dimensions E, H, K, D, F of model.py --------------------------------------------------------
     config.model = model = ConfigDict()
-    model.num_layers = 4
+    model.num_layers = 4  # blocks
     model.d_model = 128  # E
     model.num_heads = 4  # H, query heads
     model.num_kv_heads = 4  # K, key and value heads; divides H (grouped queries)
@@ -65,9 +65,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     position.max_distance = 128  # t5: all beyond share the last bucket
     position.bidirectional = False  # t5: keys after the query have buckets of their own
     position.max_positions = 2048  # learned: rows of the table; longer sequences are refused
-    position.d_model = model.get_oneway_ref(
-        "d_model"
-    )  # sinusoidal, learned, transformer_xl: width of the position vectors
+    position.d_model = model.get_oneway_ref("d_model")  # absolute and transformer_xl: width of their vectors
 
     # --- Training --------------------------------------------------------------------------------------------------
     config.train = train = ConfigDict()
@@ -103,7 +101,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     evaluation.max_tokens = 65536  # validation tokens scored at every length; 0: as many as fit
     evaluation.batch_tokens = 8192  # tokens of a batch; at least one block
     evaluation.resamples = 1000  # bootstrap resamples of the 95% intervals
-    evaluation.bootstrap_seed = 0
+    evaluation.bootstrap_seed = 0  # of the resamples
 
     # --- Devices: sizes of the mesh axes; -1 once for "the rest" ------------------------------------------------------
     config.mesh = mesh = ConfigDict()

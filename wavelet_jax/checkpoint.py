@@ -12,7 +12,19 @@ from wavelet_jax.training import State
 def open_manager(workdir: Path, config: ConfigDict) -> ocp.CheckpointManager:
     """The run's checkpoints: saved in the background, each whole or not there, the newest `checkpoint.keep` kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(_folder(workdir), options=options)
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The update of the newest checkpoint, or None. Writes nothing."""
+    if not _folder(workdir).is_dir():
+        return None
+    with ocp.CheckpointManager(_folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return manager.latest_step()
+
+
+def _folder(workdir: Path) -> Path:
+    return (workdir / "checkpoints").absolute()
 
 
 def save(manager: ocp.CheckpointManager, state: State, *, windows: int, fingerprint: str) -> None:

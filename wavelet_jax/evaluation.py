@@ -159,13 +159,12 @@ def evaluate(
                 f"{workdir} ({corpus.tokenizer.name})" for workdir, corpus in zip(workdirs, corpora, strict=True)
             )
         )
-    settings, corpus = configs[0].eval, corpora[0]
-    num_targets = _num_targets(len(corpus.validation) - 1, settings.max_tokens, max(lengths))
+    corpus = corpora[0]
+    num_targets = _num_targets(configs[0], len(corpus.validation) - 1, max(lengths))
     unit = min(max(lengths), num_targets // 10) or 1  # at least ten stretches to draw from
-    for config, workdir in zip(configs, workdirs, strict=True):
-        with checkpoint.open_manager(workdir, config) as manager:
-            if manager.latest_step() is None:
-                raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
+    for workdir in workdirs:
+        if checkpoint.latest_step(workdir) is None:
+            raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
 
     curves = []
     for config, workdir, label in zip(configs, workdirs, _labels(configs, workdirs), strict=True):
@@ -187,7 +186,8 @@ def evaluate(
                     batch_tokens=config.eval.batch_tokens,
                     progress=progress,
                 )
-            interval = bootstrap_interval(losses, unit, resamples=settings.resamples, seed=settings.bootstrap_seed)
+            resampling = {"resamples": config.eval.resamples, "seed": config.eval.bootstrap_seed}
+            interval = bootstrap_interval(losses, unit, **resampling)
             curves.append(Curve(label, protocol, train_length, length, moved, losses, positions, interval))
     stamp = {
         "protocol": protocol,
@@ -197,7 +197,7 @@ def evaluate(
         "tokenizer": corpus.tokenizer.name,
         "unit": corpus.unit,
         "corpus": corpus.fingerprint,
-        "interval": f"95%, {settings.resamples} resamples of {num_targets // unit} stretches of {unit} tokens",
+        "interval": f"95%, {configs[0].eval.resamples} resamples of {num_targets // unit} stretches of {unit} tokens",
         "runs": [str(workdir) for workdir in workdirs],
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -255,9 +255,10 @@ def _check(configs: list[ConfigDict], workdirs: Sequence[Path], lengths: list[in
             raise UserError(f"{workdir} cannot be evaluated at length {longest}: {error}") from error
 
 
-def _num_targets(available: int, limit: int, longest: int) -> int:
-    num_targets = (min(available, limit) if limit else available) // longest * longest
-    if num_targets == 0 and available < longest:
+def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
+    limit = config.eval.max_tokens or available
+    num_targets = min(available, limit) // longest * longest
+    if available < longest:
         raise UserError(f"length {longest} is longer than the validation text, which has {available} tokens to score")
     return num_targets or longest  # one block, where the limit is below the longest length
 
