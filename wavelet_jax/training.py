@@ -150,7 +150,7 @@ def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[Sta
             params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return State(state.step + 1, params, opt_state), metrics
