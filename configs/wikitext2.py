@@ -16,8 +16,8 @@ def get_config(method: str = "") -> ConfigDict:
     config = default.get_config(method or "wavelet")
     config.data.update(source="text", tokenizer="word")
     config.model.dropout = 0.1
-    config.train.update(steps=1500, batch_size=16)
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=150)
+    config.train.update(steps=400, batch_size=16)
+    config.optimizer.update(learning_rate=4e-3, warmup_steps=40)
     config.compare.methods = () if method else ("wavelet", "rope", "alibi")
     config.compare.lengths = (128, 256, 512, 1024, 2048)
     return config

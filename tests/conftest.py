@@ -1,8 +1,10 @@
 """What several test files need: a small corpus made on the spot, and configs of a model of seconds."""
 
+import functools
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +12,12 @@ from configs import smoke
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Without XLA's optimizations small programs compile eight times as fast, and compiling is nearly all the time that the
+# conformance tests take. Tests named `jit_equals_eager` compile as usual.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import quick_jit
 
 from wavelet_jax.attention import BACKENDS, attention
 from wavelet_jax.errors import UserError
@@ -52,12 +53,6 @@ OUTPUT = 5e-6
 # The same roundings in gradients, relative to the norm of all of a gradient, where each number's error counts less
 # (measured: 3.4e-7); see `test_agrees_with_the_slow_loop`.
 GRADIENT = 2e-6
-
-# Without XLA's optimizations these small programs compile eight times as fast, and compiling is nearly all the time
-# that this file takes. `test_jit_equals_eager` compiles every method as usual.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 every_method = pytest.mark.parametrize("case", METHODS)
 every_case = pytest.mark.parametrize("case", CASES)
