@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         initial=first,
         total=config.train.steps,
         desc=f"{config.position.method:>14}",
-        mininterval=1 if sys.stderr.isatty() else 30,
+        mininterval=runs.PROGRESS_INTERVAL,
     )
     for step in progress:
         tokens = windows.batch(position, size).reshape(parts, size // parts, -1)

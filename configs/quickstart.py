@@ -14,7 +14,7 @@ from configs import default
 
 def get_config(method: str = "") -> ConfigDict:
     config = default.get_config(method or "wavelet")
-    config.train.update(steps=800, batch_size=16)
+    config.train.update(steps=700, batch_size=16)
     config.optimizer.learning_rate = 4e-3
     config.eval.every = 400
     config.compare.methods = () if method else ("wavelet", "rope", "alibi")

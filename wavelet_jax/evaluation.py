@@ -7,7 +7,7 @@ exactly once at every length, so that curves compare like with like.
 import csv
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -95,24 +95,43 @@ def plan_blocks(num_targets: int, length: int, protocol: str, *, stride: int, tr
     raise unknown("protocol", protocol, PROTOCOLS)
 
 
-def score(eval_step, params, tokens: np.ndarray, blocks: Sequence[Block], *, batch_tokens: int, progress: tqdm):
-    """Losses and block positions of all scored targets, in the order of the stream: ([M] float32, [M] int32)."""
+def score(
+    losses_of: Callable[[np.ndarray], jax.Array],
+    tokens: np.ndarray,
+    blocks: Sequence[Block],
+    *,
+    batch_tokens: int,
+    title: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores every target of the blocks, showing progress under `title`.
+
+    Args:
+      losses_of: tokens [B, L+1] -> the loss of every target, [B, L], in nats; always called with one shape.
+      tokens: the stream.
+      blocks: from `plan_blocks`.
+      batch_tokens: L times B is at most this, or B is 1.
+
+    Returns:
+      Losses [M] float32 and places in their blocks [M] int32, in the order of the stream.
+    """
     num_targets = max(block.stop for block in blocks)
     longest = max(block.stop - block.start for block in blocks)
     batch_size = max(1, min(batch_tokens // longest, len(blocks)))
     losses, positions = np.full(num_targets, np.nan, np.float32), np.zeros(num_targets, np.int32)
+    progress = tqdm(total=num_targets, unit="tok", desc=title, leave=False, mininterval=runs.PROGRESS_INTERVAL)
     for first in range(0, len(blocks), batch_size):
         batch = blocks[first : first + batch_size]
         # Padding comes after what is scored, where a causal model cannot see it.
         padded = np.zeros((batch_size, longest + 1), np.int32)
         for row, block in zip(padded, batch, strict=False):
             row[: block.stop - block.start + 1] = tokens[block.start : block.stop + 1]
-        by_position = np.asarray(eval_step(params, padded))
+        by_position = np.asarray(losses_of(padded))
         for row, block in zip(by_position, batch, strict=False):
             scored = slice(block.first_scored - block.start, block.stop - block.start)
             losses[block.first_scored : block.stop] = row[scored]
             positions[block.first_scored : block.stop] = np.arange(scored.start, scored.stop)
         progress.update(sum(block.stop - block.first_scored for block in batch))
+    progress.close()
     return losses, positions
 
 
@@ -153,11 +172,9 @@ def evaluate(
     _check(configs, workdirs, lengths, protocol, stride)
     corpora = [load_corpus(config) for config in configs]
     if len({corpus.fingerprint for corpus in corpora}) > 1:
+        read = (f"{path} ({corpus.tokenizer.name})" for path, corpus in zip(workdirs, corpora, strict=True))
         raise UserError(
-            "these runs read different texts or tokenizers, so their losses do not compare: "
-            + ", ".join(
-                f"{workdir} ({corpus.tokenizer.name})" for workdir, corpus in zip(workdirs, corpora, strict=True)
-            )
+            f"these runs read different texts or tokenizers, so their losses do not compare: {', '.join(read)}"
         )
     corpus = corpora[0]
     num_targets = _num_targets(configs[0], len(corpus.validation) - 1, max(lengths))
@@ -170,25 +187,20 @@ def evaluate(
     for config, workdir, label in zip(configs, workdirs, _labels(configs, workdirs), strict=True):
         graphdef, params, step = _load(config, workdir, corpus)
         eval_step = jax.jit(training.make_eval_step(config, graphdef))
-        train_length = config.train.length
         for length in lengths:
-            moved = {"full_length": length, "non_overlapping": min(length, train_length)}.get(
-                protocol, stride or max(1, length // 2)
+            moved = _stride(config, protocol, length, stride)
+            blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=config.train.length)
+            losses, positions = score(
+                lambda tokens, step=eval_step, params=params: step(params, tokens),
+                corpus.validation,
+                blocks,
+                batch_tokens=config.eval.batch_tokens,
+                title=f"{label} (update {step:,}) at {length:,}",
             )
-            blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=train_length)
-            title = f"{label} (update {step}) at {length}"
-            with tqdm(total=num_targets, unit="tok", desc=title, leave=False, mininterval=1) as progress:
-                losses, positions = score(
-                    eval_step,
-                    params,
-                    corpus.validation,
-                    blocks,
-                    batch_tokens=config.eval.batch_tokens,
-                    progress=progress,
-                )
-            resampling = {"resamples": config.eval.resamples, "seed": config.eval.bootstrap_seed}
-            interval = bootstrap_interval(losses, unit, **resampling)
-            curves.append(Curve(label, protocol, train_length, length, moved, losses, positions, interval))
+            interval = bootstrap_interval(
+                losses, unit, resamples=config.eval.resamples, seed=config.eval.bootstrap_seed
+            )
+            curves.append(Curve(label, protocol, config.train.length, length, moved, losses, positions, interval))
     stamp = {
         "protocol": protocol,
         "lengths": lengths,
@@ -253,6 +265,17 @@ def _check(configs: list[ConfigDict], workdirs: Sequence[Path], lengths: list[in
             check_positions(longest, max_positions)
         except UserError as error:
             raise UserError(f"{workdir} cannot be evaluated at length {longest}: {error}") from error
+
+
+def _stride(config: ConfigDict, protocol: str, length: int, stride: int) -> int:
+    """Tokens from one block to the next."""
+    match protocol:
+        case "full_length":
+            return length
+        case "non_overlapping":
+            return min(length, config.train.length)
+        case _:
+            return stride or max(1, length // 2)
 
 
 def _num_targets(config: ConfigDict, available: int, longest: int) -> int:

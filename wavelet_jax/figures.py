@@ -8,7 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, NullLocator, StrMethodFormatter
 
 # Okabe and Ito's palette, then marks to tell more than eight apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
@@ -31,9 +31,12 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
     lengths = sorted({curve.length for curve in curves})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_yscale("log")
+    decades = np.ptp(np.log10([curve.row()["perplexity"] for curve in curves]))
+    # Evenly spaced numbers where a decade is not reached, and otherwise 1, 2, 5 (or 1 alone) of each decade.
+    locator = AutoLocator() if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 4 else (1,))
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    spread = np.log10([curve.row()["perplexity"] for curve in curves])
-    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}") if np.ptp(spread) < 1 else NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity a {stamp['unit']}")
     axes.set_title("Perplexity past the training length")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from wavelet_jax.errors import UserError
+
+# Seconds between updates of a progress bar; in a log file every update is a line.
+PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
 
 # What may differ when a run goes on: none of these changes a loss.
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.", "data.cache_dir")
