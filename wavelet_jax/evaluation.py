@@ -6,6 +6,7 @@ exactly once at every length, so that curves compare like with like.
 
 import csv
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -191,7 +192,7 @@ def evaluate(
             moved = _stride(config, protocol, length, stride)
             blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=config.train.length)
             losses, positions = score(
-                lambda tokens, step=eval_step, params=params: step(params, tokens),
+                functools.partial(eval_step, params),
                 corpus.validation,
                 blocks,
                 batch_tokens=config.eval.batch_tokens,
