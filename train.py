@@ -29,7 +29,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and 
 def train(config: ConfigDict, workdir: Path) -> None:
     """One run, from wherever its directory stands to `config.train.steps` updates."""
     mesh = sharding.make_mesh(config)
-    _check_batch(config, mesh)
+    _check_counts(config, mesh)
     corpus = load_corpus(config)
     windows = Windows(corpus.train, config.train.length, config.train.seed)
     validation = Windows(corpus.validation, config.train.length, config.train.seed)
@@ -86,14 +86,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 def compare(config: ConfigDict, workdir: Path) -> None:
     """Trains every method of `config.compare.methods` in turn, then evaluates them together."""
-    workdirs = []
-    for method in config.compare.methods:
-        run = config.copy_and_resolve_references()
-        run.position.method = method
-        run.compare.methods = ()
-        workdirs.append(workdir / method)
-        train(run, workdirs[-1])
-    evaluation.evaluate(workdirs, lengths=config.compare.lengths, protocol=config.compare.protocol, out=workdir)
+    methods = config.compare.methods
+    if len(set(methods)) < len(methods):
+        raise UserError(f"compare.methods names a method twice: {', '.join(methods)}")
+    configs, workdirs = [], [workdir / method for method in methods]
+    for method in methods:
+        configs.append(config.copy_and_resolve_references())
+        configs[-1].position.method = method
+        configs[-1].compare.methods = ()
+    lengths, protocol = config.compare.lengths, config.compare.protocol
+    evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
+    for each, directory in zip(configs, workdirs, strict=True):
+        train(each, directory)
+    evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
 
 
 def main() -> None:
@@ -115,7 +120,20 @@ def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) 
     return float(sum(losses) / len(losses))
 
 
-def _check_batch(config: ConfigDict, mesh) -> None:
+def _check_counts(config: ConfigDict, mesh) -> None:
+    for name, value, least in (
+        ("train.steps", config.train.steps, 1),
+        ("train.batch_size", config.train.batch_size, 1),
+        ("train.accumulation", config.train.accumulation, 1),
+        ("train.logits_chunk", config.train.logits_chunk, 0),
+        ("log.every", config.log.every, 1),
+        ("checkpoint.every", config.checkpoint.every, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("eval.every", config.eval.every, 0),
+        ("eval.windows", config.eval.windows, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, not {value}")
     parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
         raise UserError(

@@ -154,6 +154,20 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
             "--config.model.attention_backend=refrence",
             *data_flags,
         ],
+        "log.every must be at least 1, not 0": [smoke, "--config.log.every=0", *data_flags],
+        "config.train.steps=many": [smoke, "--config.train.steps=many", *data_flags],
+        "unknown position method 'aliby': did you mean 'alibi'?": [
+            smoke,
+            "--config.compare.methods=('wavelet', 'aliby')",
+            *data_flags,
+        ],
+        "compare.methods names a method twice": [smoke, "--config.compare.methods=('rope', 'rope')", *data_flags],
+        "length 1000000 is longer than the validation text": [
+            smoke,
+            "--config.compare.methods=('rope', 'wavelet')",
+            "--config.compare.lengths=(64, 1000000)",
+            *data_flags,
+        ],
         "train.batch_size 8 must be a multiple of 3": [smoke, "--config.train.accumulation=3", *data_flags],
         "smoke.pie": [f"--config={ROOT}/configs/smoke.pie", *data_flags],
         "unexpected arguments now": [smoke, *data_flags, "now"],
@@ -192,7 +206,7 @@ def test_bad_evaluation_input(whole_runs, data_flags, tmp_path):
             "--protocol=full_lenght",
         ],
         "a stride goes with the sliding_window protocol": [trained, "--lengths=64", "--stride=8"],
-        "stride 100 must be 1 to the shortest length, 64": [
+        "stride 100 must be 1 to 64, the shortest length": [
             trained,
             "--lengths=64,128",
             "--protocol=sliding_window",

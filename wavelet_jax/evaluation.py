@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from wavelet_jax import checkpoint, figures, runs, sharding, training
-from wavelet_jax.data import load_corpus
+from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
 from wavelet_jax.positions.absolute import check_positions
@@ -170,15 +170,7 @@ def evaluate(
     """
     configs = [runs.load_config(workdir) for workdir in workdirs]
     lengths = sorted(set(lengths))
-    _check(configs, workdirs, lengths, protocol, stride)
-    corpora = [load_corpus(config) for config in configs]
-    if len({corpus.fingerprint for corpus in corpora}) > 1:
-        read = (f"{path} ({corpus.tokenizer.name})" for path, corpus in zip(workdirs, corpora, strict=True))
-        raise UserError(
-            f"these runs read different texts or tokenizers, so their losses do not compare: {', '.join(read)}"
-        )
-    corpus = corpora[0]
-    num_targets = _num_targets(configs[0], len(corpus.validation) - 1, max(lengths))
+    corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)
     unit = min(max(lengths), num_targets // 10) or 1  # at least ten stretches to draw from
     for workdir in workdirs:
         if checkpoint.latest_step(workdir) is None:
@@ -250,15 +242,27 @@ def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def _check(configs: list[ConfigDict], workdirs: Sequence[Path], lengths: list[int], protocol: str, stride: int) -> None:
+def check(
+    configs: Sequence[ConfigDict], workdirs: Sequence[Path], *, lengths: Sequence[int], protocol: str, stride: int = 0
+) -> tuple[Corpus, int]:
+    """What can be known to fail before anything is trained or computed.
+
+    Returns:
+      The runs' corpus, and how many of its validation targets are scored.
+
+    Raises:
+      UserError: lengths, protocol or stride that make no sense, positions past a table, texts that differ or are short.
+    """
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
-    if not lengths or lengths[0] < 1:
+    if not lengths or min(lengths) < 1:
         raise UserError(f"lengths must be positive: {', '.join(map(str, lengths)) or 'none given'}")
     if stride and protocol != "sliding_window":
         raise UserError(f"a stride goes with the sliding_window protocol, not with {protocol}")
-    if stride < 0 or stride > lengths[0]:
-        raise UserError(f"stride {stride} must be 1 to the shortest length, {lengths[0]}, or tokens would be left out")
+    if stride < 0 or stride > min(lengths):
+        raise UserError(
+            f"stride {stride} must be 1 to the shortest length, {min(lengths)}, or tokens would be left out"
+        )
     for config, workdir in zip(configs, workdirs, strict=True):
         longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
         max_positions = getattr(make_position(config), "max_positions", None)
@@ -266,6 +270,13 @@ def _check(configs: list[ConfigDict], workdirs: Sequence[Path], lengths: list[in
             check_positions(longest, max_positions)
         except UserError as error:
             raise UserError(f"{workdir} cannot be evaluated at length {longest}: {error}") from error
+    corpora = [load_corpus(config) for config in configs]
+    if len({corpus.fingerprint for corpus in corpora}) > 1:
+        read = (f"{path} ({corpus.tokenizer.name})" for path, corpus in zip(workdirs, corpora, strict=True))
+        raise UserError(
+            f"these runs read different texts or tokenizers, so their losses do not compare: {', '.join(read)}"
+        )
+    return corpora[0], _num_targets(configs[0], len(corpora[0].validation) - 1, max(lengths))
 
 
 def _stride(config: ConfigDict, protocol: str, length: int, stride: int) -> int:
@@ -295,7 +306,7 @@ def _labels(configs: list[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
     ]
 
 
-def _load(config: ConfigDict, workdir: Path, corpus) -> tuple:
+def _load(config: ConfigDict, workdir: Path, corpus: Corpus) -> tuple:
     mesh = sharding.make_mesh(config)
     graphdef, _, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
     with checkpoint.open_manager(workdir, config) as manager:
