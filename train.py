@@ -7,11 +7,13 @@
 A run that was stopped goes on when the same command is given again, to the same losses.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -30,19 +32,21 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """One run, from wherever its directory stands to `config.train.steps` updates."""
     mesh = sharding.make_mesh(config)
     _check_counts(config, mesh)
+    runs.check_config(workdir, config)
     corpus = load_corpus(config)
     windows = Windows(corpus.train, config.train.length, config.train.seed)
-    validation = Windows(corpus.validation, config.train.length, config.train.seed)
+    validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
     train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
     eval_step = jax.jit(training.make_eval_step(config, graphdef))
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
-    runs.claim(workdir, config)
     manager = checkpoint.open_manager(workdir, config)
-    restored = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint)
-    state, position = restored or (state, 0)
+    state, position = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint) or (state, 0)
     first = int(state.step)
+    if first > config.train.steps:
+        raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
+    runs.save_config(workdir, config)
     log = runs.MetricsLog(workdir, first)
     print(
         f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
@@ -68,8 +72,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
         last = step == config.train.steps
         validate = config.eval.every > 0 and (last or step % config.eval.every == 0)
-        if validate or last or step % config.log.every == 0:
+        save = last or step % config.checkpoint.every == 0
+        if save or validate or step % config.log.every == 0:
             metrics = {name: float(value) for name, value in metrics.items()}
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                raise UserError(
+                    f"update {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the checkpoints in "
+                    f"{workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir"
+                )
+        if validate or last or step % config.log.every == 0:
             now = time.perf_counter()
             metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
             if validate:
@@ -78,7 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
             progress.set_postfix(shown, refresh=False)
             last_logged, last_time = step, time.perf_counter()
-        if last or step % config.checkpoint.every == 0:
+        if save:
             checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
     manager.close()
     log.close()
@@ -87,6 +98,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def compare(config: ConfigDict, workdir: Path) -> None:
     """Trains every method of `config.compare.methods` in turn, then evaluates them together."""
     methods = config.compare.methods
+    if not all(isinstance(method, str) for method in methods):
+        raise UserError(f"compare.methods must be names of methods, not {methods}")
     if len(set(methods)) < len(methods):
         raise UserError(f"compare.methods names a method twice: {', '.join(methods)}")
     configs, workdirs = [], [workdir / method for method in methods]
@@ -96,6 +109,8 @@ def compare(config: ConfigDict, workdir: Path) -> None:
         configs[-1].compare.methods = ()
     lengths, protocol = config.compare.lengths, config.compare.protocol
     evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
+    for each, directory in zip(configs, workdirs, strict=True):
+        runs.check_config(directory, each)
     for each, directory in zip(configs, workdirs, strict=True):
         train(each, directory)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
@@ -112,28 +127,30 @@ def main() -> None:
 
 
 def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
-    """Mean loss over `config.eval.windows` validation windows, always the same ones."""
-    count = min(config.eval.windows, validation.num_windows)
-    size = min(config.train.batch_size, count)
-    batches = [validation.batch(start, size) for start in range(0, count - size + 1, size)]
-    losses = [eval_step(params, jax.device_put(batch, sharding.batch_sharding(mesh))).mean() for batch in batches]
-    return float(sum(losses) / len(losses))
+    """Mean loss over the same `config.eval.windows` validation windows each time, or all where there are fewer."""
+    count, size = min(config.eval.windows, validation.num_windows), config.train.batch_size
+    place = sharding.batch_sharding(mesh)
+    # Batches are whole, for the mesh; windows past `count` are not counted.
+    batches = [validation.batch(start, size) for start in range(0, count, size)]
+    losses = [np.asarray(eval_step(params, jax.device_put(batch, place))) for batch in batches]
+    return float(np.concatenate(losses)[:count].mean(dtype=np.float64))
 
 
 def _check_counts(config: ConfigDict, mesh) -> None:
-    for name, value, least in (
-        ("train.steps", config.train.steps, 1),
-        ("train.batch_size", config.train.batch_size, 1),
-        ("train.accumulation", config.train.accumulation, 1),
-        ("train.logits_chunk", config.train.logits_chunk, 0),
-        ("log.every", config.log.every, 1),
-        ("checkpoint.every", config.checkpoint.every, 1),
-        ("checkpoint.keep", config.checkpoint.keep, 1),
-        ("eval.every", config.eval.every, 0),
-        ("eval.windows", config.eval.windows, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} must be at least {least}, not {value}")
+    runs.check_least(
+        {
+            "train.steps": (config.train.steps, 1),
+            "train.batch_size": (config.train.batch_size, 1),
+            "train.accumulation": (config.train.accumulation, 1),
+            "train.logits_chunk": (config.train.logits_chunk, 0),
+            "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
+            "log.every": (config.log.every, 1),
+            "checkpoint.every": (config.checkpoint.every, 1),
+            "checkpoint.keep": (config.checkpoint.keep, 1),
+            "eval.every": (config.eval.every, 0),
+            "eval.windows": (config.eval.windows, 1),
+        }
+    )
     parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
         raise UserError(

@@ -53,7 +53,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     position.num_scales = 8  # wavelet: s of Eq. (13); divides head_dim
     position.first_exponent = 0  # wavelet: scales 2^e .. 2^(e+s-1); the paper's long-context runs take 2
     position.scales = ()  # wavelet: a grid of your own, D numbers each; empty: Eq. (13)'s
-    position.shifts = ()
+    position.shifts = ()  # wavelet: their shifts, in tokens
     position.t_sign = "m-n"  # wavelet: m-n (Eq. 14) | n-m (footnote 8)
     position.trainable = False  # wavelet: train scales and shifts
     position.support_tolerance = 1e-4  # wavelet: what Terms.support is stated for
@@ -80,11 +80,11 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     optimizer.learning_rate = 2e-3  # the peak
     optimizer.schedule = "cosine"  # after the warm-up: cosine | linear | constant
     optimizer.warmup_steps = 100  # linear from 0
-    optimizer.decay_steps = train.get_oneway_ref("steps")  # cosine, linear: the update that ends the decay
+    optimizer.decay_steps = train.get_oneway_ref("steps")  # cosine, linear: its end; set it to prolong a run later
     optimizer.final_fraction = 0.1  # cosine, linear: of the peak, at the end
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
+    optimizer.b1 = 0.9  # decay of the first moment
+    optimizer.b2 = 0.95  # decay of the second moment
+    optimizer.eps = 1e-8  # added to the second moment's root
     optimizer.weight_decay = 0.1  # on matrices; not on norms, biases and position parameters
     optimizer.clip_norm = 1.0  # of the global gradient; 0: none
 
@@ -111,8 +111,9 @@ def get_config(method: str = "wavelet") -> ConfigDict:
 
     # --- A comparison: several methods one after another, then evaluation and figures; empty: one run --------------
     config.compare = compare = ConfigDict()
-    compare.methods = ()
+    compare.methods = ()  # of wavelet_jax.positions.METHODS
     compare.lengths = (128, 256, 512, 1024)  # tokens
     compare.protocol = "full_length"  # full_length | non_overlapping | sliding_window
 
+    config.lock()  # a misspelt key is an error, also in the files that change some of these
     return config

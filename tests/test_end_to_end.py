@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,17 +190,41 @@ def test_workdir_of_another_config_is_left_alone(whole_runs, data_flags):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+def test_damaged_and_finished_runs(whole_runs, data_flags, tmp_path):
+    smoke = [f"--config={ROOT}/configs/smoke.py:wavelet", *data_flags]
+    finished = f"--workdir={whole_runs[0] / 'wavelet'}"
+    assert "is at update 40 already, past train.steps 30" in refused(
+        "train.py", *smoke, finished, "--config.train.steps=30"
+    )
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "is no folder" in refused("train.py", *smoke, f"--workdir={place}")
+        assert "is no folder" in refused("eval.py", finished, "--lengths=64", f"--out={place}")
+    (tmp_path / "config.json").write_text('{"train": ')
+    assert "config.json is damaged" in refused("train.py", *smoke, f"--workdir={tmp_path}")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path):
+    smoke = [f"--config={ROOT}/configs/smoke.py:wavelet", "--config.checkpoint.every=1", *data_flags]
+    process = start("train.py", *smoke, "--config.optimizer.learning_rate=1e30", f"--workdir={tmp_path}")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    stopped_at = int(re.search(r"error: update (\d+): loss \S+, gradient norm", err).group(1))
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert max(saved) == stopped_at - 1
+
+
 def test_bad_evaluation_input(whole_runs, data_flags, tmp_path):
     trained = f"--workdir={whole_runs[0] / 'wavelet'}"
     empty = tmp_path / "empty"
-    runs.claim(empty, runs.load_config(whole_runs[0] / "wavelet"))
+    runs.save_config(empty, runs.load_config(whole_runs[0] / "wavelet"))
     learned = tmp_path / "learned"
     smoke = [f"--config={ROOT}/configs/smoke.py:learned", "--config.train.steps=1", "--config.eval.every=0"]
     run("train.py", *smoke, f"--workdir={learned}", *data_flags)
     cases = {
         "length 1000000 is longer than the validation text": [trained, "--lengths=64,1000000"],
         "--lengths takes whole numbers, not 64,many": [trained, "--lengths=64,many"],
-        "lengths must be positive: 0, 64": [trained, "--lengths=64,0"],
+        "lengths must be positive whole numbers: 0, 64": [trained, "--lengths=64,0"],
         "unknown protocol 'full_lenght': did you mean 'full_length'?": [
             trained,
             "--lengths=64",

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,13 @@ def test_scored_tokens_are_whole_blocks_of_the_longest_length(available, limit, 
     config = default.get_config()
     config.eval.max_tokens = limit
     assert evaluation._num_targets(config, available, longest) == expected
+
+
+def test_runs_of_one_method_are_told_apart():
+    configs = [default.get_config(method) for method in ("wavelet", "wavelet", "rope")]
+    assert evaluation._labels(configs[1:], [Path("a/wavelet"), Path("a/rope")]) == ["wavelet", "rope"]
+    labels = evaluation._labels(configs, [Path("a/wavelet"), Path("b/wavelet"), Path("b/rope")])
+    assert labels == ["wavelet (a/wavelet)", "wavelet (b/wavelet)", "rope"]
 
 
 def test_length_past_the_validation_text_is_refused():

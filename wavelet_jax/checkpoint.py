@@ -9,9 +9,10 @@ from wavelet_jax.errors import UserError
 from wavelet_jax.training import State
 
 
-def open_manager(workdir: Path, config: ConfigDict) -> ocp.CheckpointManager:
+def open_manager(workdir: Path, config: ConfigDict, *, read_only: bool = False) -> ocp.CheckpointManager:
     """The run's checkpoints: saved in the background, each whole or not there, the newest `checkpoint.keep` kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep)
+    keep = None if read_only else config.checkpoint.keep
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
     return ocp.CheckpointManager(_folder(workdir), options=options)
 
 
@@ -47,11 +48,12 @@ def restore(manager: ocp.CheckpointManager, abstract_state: State, *, fingerprin
     step = manager.latest_step()
     if step is None:
         return None
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=args)
-    if restored.data["fingerprint"] != fingerprint:
+    # The data first: with another vocabulary the shapes of the state would not fit.
+    data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+    if data["fingerprint"] != fingerprint:
         raise UserError(
             f"{manager.directory} was trained on another text or tokenizer than the config gives now (corpus "
-            f"{restored.data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
+            f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
         )
-    return restored.state, restored.data["windows"]
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
+    return state, data["windows"]

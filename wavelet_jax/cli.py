@@ -14,9 +14,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # A config flag runs the config's file and sets its keys, so nearly anything can come out of parsing.
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:
+        # A config flag runs the config's file and sets its keys, so anything can come out of parsing.
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        raise UserError(" ".join(message.split()) or type(error).__name__) from error
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}: flags are written --name=value")
     return rest
@@ -45,6 +46,6 @@ def run(main: Callable[[], None]) -> None:
     _keep_memory()
     try:
         app.run(start, flags_parser=_parse)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

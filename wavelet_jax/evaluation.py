@@ -8,6 +8,8 @@ import csv
 import dataclasses
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -170,6 +172,7 @@ def evaluate(
     """
     configs = [runs.load_config(workdir) for workdir in workdirs]
     lengths = sorted(set(lengths))
+    runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)
     unit = min(max(lengths), num_targets // 10) or 1  # at least ten stretches to draw from
     for workdir in workdirs:
@@ -216,13 +219,17 @@ def evaluate(
 def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
     """Writes extrapolation.csv, extrapolation.png, loss_by_position.png and stamp.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "extrapolation.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(curve.row() for curve in curves)
-    (out / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
-    figures.extrapolation(curves, stamp, out / "extrapolation.png")
-    figures.loss_by_position(curves, stamp, out / "loss_by_position.png")
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # all of one evaluation, or all of the one before
+        partial = Path(folder)
+        with (partial / "extrapolation.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(curve.row() for curve in curves)
+        (partial / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
+        figures.extrapolation(curves, stamp, partial / "extrapolation.png")
+        figures.loss_by_position(curves, stamp, partial / "loss_by_position.png")
+        for name in WRITTEN:
+            os.replace(partial / name, out / name)
 
 
 def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
@@ -255,19 +262,28 @@ def check(
     """
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
-    if not lengths or min(lengths) < 1:
-        raise UserError(f"lengths must be positive: {', '.join(map(str, lengths)) or 'none given'}")
+    if not lengths or not all(isinstance(length, int) and length > 0 for length in lengths):
+        raise UserError(f"lengths must be positive whole numbers: {', '.join(map(str, lengths)) or 'none given'}")
     if stride and protocol != "sliding_window":
         raise UserError(f"a stride goes with the sliding_window protocol, not with {protocol}")
     if stride < 0 or stride > min(lengths):
         raise UserError(
             f"stride {stride} must be 1 to the shortest length, {min(lengths)}, or tokens would be left out"
         )
+    if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
+        raise UserError(f"a run is named twice: {', '.join(map(str, workdirs))}")
     for config, workdir in zip(configs, workdirs, strict=True):
+        runs.check_least(
+            {
+                "eval.max_tokens": (config.eval.max_tokens, 0),
+                "eval.batch_tokens": (config.eval.batch_tokens, 1),
+                "eval.resamples": (config.eval.resamples, 1),
+            }
+        )
         longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
-        max_positions = getattr(make_position(config), "max_positions", None)
+        method = make_position(config)
         try:
-            check_positions(longest, max_positions)
+            check_positions(longest, method.terms(method.init(jax.random.key(0))).max_positions)
         except UserError as error:
             raise UserError(f"{workdir} cannot be evaluated at length {longest}: {error}") from error
     corpora = [load_corpus(config) for config in configs]
@@ -298,17 +314,23 @@ def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
     return num_targets or longest  # one block, where the limit is below the longest length
 
 
-def _labels(configs: list[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
+def _labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
+    """The methods; where one occurs twice, with as much of the directories' ends as tells them apart."""
     methods = [config.position.method for config in configs]
+    parts = [workdir.resolve().parts for workdir in workdirs]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    ends = ("/".join(part[-depth:]) for part in parts)
     return [
-        f"{method} ({workdir.name})" if methods.count(method) > 1 else method
-        for method, workdir in zip(methods, workdirs, strict=True)
+        f"{method} ({end})" if methods.count(method) > 1 else method for method, end in zip(methods, ends, strict=True)
     ]
 
 
 def _load(config: ConfigDict, workdir: Path, corpus: Corpus) -> tuple:
+    config.mesh.update(data=1, fsdp=-1, tensor=1)  # the devices here, whatever the run was trained on
     mesh = sharding.make_mesh(config)
     graphdef, _, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
-    with checkpoint.open_manager(workdir, config) as manager:
+    with checkpoint.open_manager(workdir, config, read_only=True) as manager:
         state, _ = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint)
     return graphdef, state.params, int(state.step)

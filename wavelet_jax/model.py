@@ -110,7 +110,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model whose positions are any of `positions.METHODS`.
 
-    Parameters are float32; activations are in `config.model.dtype`, scores, softmax and logits in float32.
+    Parameters are float32; activations are in `config.model.dtype`; scores, softmax and logits are accumulated in
+    float32.
 
     Args:
       config: reads `config.model` and `config.position`; every key is explained in `configs/default.py`.
@@ -173,13 +174,16 @@ class Decoder(nnx.Module):
     def extend(self, tokens_BxT, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads T more tokens after those in the cache. Returns their hidden states [B, T, E] and the longer cache.
 
-        The caller keeps count of the cache's room: a slot past its end is never written.
+        Past the cache's room is a `UserError`, or NaN where the count is traced.
         """
         layers, filled = cache
+        room, wanted = layers[0][0].shape[1], filled + tokens_BxT.shape[1]
+        if not isinstance(wanted, jax.core.Tracer) and wanted > room:
+            raise UserError(f"the cache has room for {room} tokens, not for {wanted}: give init_cache a longer length")
         query_positions = filled + jnp.arange(tokens_BxT.shape[1])
-        key_positions = jnp.arange(layers[0][0].shape[1])  # slots not filled yet lie after every query
+        key_positions = jnp.arange(room)  # slots not filled yet lie after every query
         hidden_BxTxE, layers = self._run(tokens_BxT, query_positions, key_positions, layers=layers)
-        return hidden_BxTxE, (layers, filled + tokens_BxT.shape[1])
+        return jnp.where(wanted <= room, hidden_BxTxE, jnp.nan), (layers, wanted)
 
     def logits(self, hidden_BxTxE) -> jax.Array:
         """Scores of every word, float32, from hidden states [..., E]."""
@@ -243,6 +247,14 @@ def _check(config: ConfigDict) -> None:
     ):
         if config.model[name] not in allowed:
             raise unknown(f"model.{name}", config.model[name], allowed)
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        if not 0 <= config.model[name] < 1:
+            raise UserError(f"model.{name} must be at least 0 and below 1, not {config.model[name]}")
+    for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
+        if config.model[name] < 1:
+            raise UserError(f"model.{name} must be at least 1, not {config.model[name]}")
+    if config.position.d_model != config.model.d_model:
+        raise UserError(f"position.d_model {config.position.d_model} must be model.d_model {config.model.d_model}")
     if config.model.num_heads % config.model.num_kv_heads:
         raise UserError(
             f"model.num_kv_heads {config.model.num_kv_heads} must divide model.num_heads {config.model.num_heads}"

@@ -134,16 +134,17 @@ def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[Sta
     def train_step(state: State, tokens_AxBxL1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
-        def part(total, tokens_and_key):
-            loss_and_grads = jax.value_and_grad(loss_of)(state.params, *tokens_and_key)
-            return jax.tree.map(jnp.add, total, loss_and_grads), None
-
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
         keys = jax.random.split(key, accumulation)
+        loss_and_grads = jax.value_and_grad(loss_of)
         if accumulation == 1:
-            (loss, grads), _ = part(zeros, (tokens_AxBxL1[0], keys[0]))
+            loss, grads = loss_and_grads(state.params, tokens_AxBxL1[0], keys[0])
         else:
-            total, _ = jax.lax.scan(part, zeros, (tokens_AxBxL1, keys))
+
+            def add(total, tokens_and_key):
+                return jax.tree.map(jnp.add, total, loss_and_grads(state.params, *tokens_and_key)), None
+
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            total, _ = jax.lax.scan(add, zeros, (tokens_AxBxL1, keys))
             loss, grads = jax.tree.map(lambda x: x / accumulation, total)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

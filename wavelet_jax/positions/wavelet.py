@@ -72,10 +72,11 @@ class Wavelet:
         return {"log2_scales": jnp.log2(scales), "shifts": jnp.asarray(shifts)}
 
     def terms(self, params: Params) -> Terms:
-        scales, shifts = self.grid()
-        reach = support(scales, shifts, self.mother, self.support_tolerance)
         if self.trainable:
             scales, shifts, reach = jnp.exp2(params["log2_scales"]), params["shifts"], None
+        else:
+            scales, shifts = self.grid()
+            reach = support(scales, shifts, self.mother, self.support_tolerance)
         relative_keys = functools.partial(
             wavelet_position, scales=scales, shifts=shifts, mother=self.mother, t_sign=self.t_sign
         )
