@@ -7,6 +7,7 @@
 A run that was stopped goes on when the same command is given again, to the same losses.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -41,58 +42,57 @@ def train(config: ConfigDict, workdir: Path) -> None:
     eval_step = jax.jit(training.make_eval_step(config, graphdef))
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
-    manager = checkpoint.open_manager(workdir, config)
-    state, position = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint) or (state, 0)
-    first = int(state.step)
-    if first > config.train.steps:
-        raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
-    runs.save_config(workdir, config)
-    log = runs.MetricsLog(workdir, first)
-    print(
-        f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
-        f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
-        f"updates {first:,} to {config.train.steps:,}",
-        file=sys.stderr,
-    )
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.open_manager(workdir, config))
+        state, position = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint) or (state, 0)
+        first = int(state.step)
+        if first > config.train.steps:
+            raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
+        runs.save_config(workdir, config)
+        log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
+        print(
+            f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
+            f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
+            f"updates {first:,} to {config.train.steps:,}",
+            file=sys.stderr,
+        )
 
-    size, parts = config.train.batch_size, config.train.accumulation
-    batch_sharding = sharding.batch_sharding(mesh, leading=1)
-    last_logged, last_time = first, time.perf_counter()
-    progress = tqdm(
-        range(first + 1, config.train.steps + 1),
-        initial=first,
-        total=config.train.steps,
-        desc=f"{config.position.method:>14}",
-        mininterval=runs.PROGRESS_INTERVAL,
-    )
-    for step in progress:
-        tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
-        state, metrics = train_step(state, jax.device_put(tokens, batch_sharding))
-        position += size
+        size, parts = config.train.batch_size, config.train.accumulation
+        batch_sharding = sharding.batch_sharding(mesh, leading=1)
+        last_logged, last_time = first, time.perf_counter()
+        progress = tqdm(
+            range(first + 1, config.train.steps + 1),
+            initial=first,
+            total=config.train.steps,
+            desc=f"{config.position.method:>14}",
+            mininterval=runs.PROGRESS_INTERVAL,
+        )
+        for step in progress:
+            tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
+            state, metrics = train_step(state, jax.device_put(tokens, batch_sharding))
+            position += size
 
-        last = step == config.train.steps
-        validate = config.eval.every > 0 and (last or step % config.eval.every == 0)
-        save = last or step % config.checkpoint.every == 0
-        if save or validate or step % config.log.every == 0:
-            metrics = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise UserError(
-                    f"update {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the checkpoints in "
-                    f"{workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir"
-                )
-        if validate or last or step % config.log.every == 0:
-            now = time.perf_counter()
-            metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
-            if validate:
-                metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
-            log.write(step, metrics)
-            shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
-            progress.set_postfix(shown, refresh=False)
-            last_logged, last_time = step, time.perf_counter()
-        if save:
-            checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
-    manager.close()
-    log.close()
+            last = step == config.train.steps
+            validate = config.eval.every > 0 and (last or step % config.eval.every == 0)
+            save = last or step % config.checkpoint.every == 0
+            if save or validate or step % config.log.every == 0:
+                metrics = {name: float(value) for name, value in metrics.items()}
+                if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                    raise UserError(
+                        f"update {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the checkpoints "
+                        f"in {workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir"
+                    )
+            if validate or last or step % config.log.every == 0:
+                now = time.perf_counter()
+                metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
+                if validate:
+                    metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
+                log.write(step, metrics)
+                shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
+                progress.set_postfix(shown, refresh=False)
+                last_logged, last_time = step, time.perf_counter()
+            if save:
+                checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
 
 
 def compare(config: ConfigDict, workdir: Path) -> None:
