@@ -150,7 +150,7 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
             *data_flags,
         ],
         "8 scales cannot fill a head of 12 dimensions evenly": [smoke, "--config.model.head_dim=12", *data_flags],
-        "unknown attention backend 'refrence': did you mean 'reference'?": [
+        "unknown model.attention_backend 'refrence': did you mean 'reference'?": [
             smoke,
             "--config.model.attention_backend=refrence",
             *data_flags,

@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from wavelet_jax import positions
-from wavelet_jax.attention import attention
+from wavelet_jax.attention import BACKENDS, attention
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.absolute import check_positions
 
@@ -244,6 +244,7 @@ def _check(config: ConfigDict) -> None:
         ("initializer", INITIALIZERS),
         ("dtype", DTYPES),
         ("remat", REMATS),
+        ("attention_backend", ("auto", *BACKENDS)),
     ):
         if config.model[name] not in allowed:
             raise unknown(f"model.{name}", config.model[name], allowed)
