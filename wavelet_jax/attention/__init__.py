@@ -72,6 +72,8 @@ def attention(
         )
     if dropout_rate > 0 and dropout_key is None:
         raise UserError("attention dropout needs a dropout_key")
+    if far_tolerance is not None and not far_tolerance > 0:
+        raise UserError(f"far_tolerance must be above 0, not {far_tolerance}")
     query_positions, query_start = _positions(query_positions, num_queries)
     key_positions, key_start = _positions(key_positions, num_keys)
     if segment_ids is not None and not isinstance(segment_ids, tuple):

@@ -1,7 +1,7 @@
-"""Low-rank factors of a constant table of relative keys: what makes a relative term cost little away from the diagonal.
+"""Low-rank factors of a constant table of relative keys: what makes a relative term cheap away from the diagonal.
 
-A table P[t] of vectors (wavelets, say) has few independent columns near t = 0, is smooth further out, and nothing past its
-support. For queries in tiles of U rows, row u of a tile and a key s tokens before the tile's first row lie
+A table P[t] of vectors (wavelets, say) has few independent columns near t = 0, is smooth further out, and nothing past
+its support. For queries in tiles of U rows, row u of a tile and a key s tokens before the tile's first row lie
 t = u + s apart, and with few terms r
 
     near:  P[t, :]     = sum over c of near[t, c] project[:, c]                     (any t of the near zone)
