@@ -5,18 +5,21 @@
 exact, and 2^32 can stand for one full turn: so the angle is counted in units of 2^-32 turns.
 """
 
+import functools
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_UNITS_A_RADIAN = 2.0**32 / (2 * np.pi)
+_TURN = 2 * Fraction("3.14159265358979323846264338327950288419716939937510")  # radians
 
 
 def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     """`positions * frequencies` in radians, reduced to [-pi, pi] where the positions are integers.
 
     Args:
-      positions: any shape [...]. Integers in (-2^31, 2^31) give angles within 5e-7 radians of the exact
+      positions: any shape [...]. Integers in (-2^31, 2^31) give angles within 6e-7 radians of the exact
         ones; floating-point positions are multiplied in float32 and not reduced.
       frequencies: [F] constants (not traced), radians a position, |frequency| < 2 pi, in float64.
 
@@ -27,11 +30,21 @@ def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     frequencies = np.asarray(frequencies, np.float64)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         return positions.astype(jnp.float32) * frequencies.astype(np.float32)
-    units = frequencies * _UNITS_A_RADIAN
-    whole = np.round(units)
-    # |fraction| <= 1/2, so a float32 product with a position is wrong by 2^6 units of 2^-32 turns at most.
-    fraction = (units - whole).astype(np.float32)
-    wrapped = positions.astype(jnp.uint32) * (whole % 2.0**32).astype(np.uint32)
+    whole, fraction = _units(tuple(frequencies.tolist()))
+    wrapped = positions.astype(jnp.uint32) * whole
+    # |fraction| <= 1/2, so this float32 product is wrong by 3 * 2^6 units of 2^-32 turns at most.
     correction = jnp.round(positions.astype(jnp.float32) * fraction).astype(jnp.int32)
     turns = jax.lax.bitcast_convert_type(wrapped, jnp.int32) + correction  # wraps, as angles do
-    return turns.astype(jnp.float32) * np.float32(1 / _UNITS_A_RADIAN)
+    return turns.astype(jnp.float32) * np.float32(_TURN / 2**32)
+
+
+@functools.cache
+def _units(frequencies: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies in units of 2^-32 turns a position: the nearest whole ones (uint32) and the rest (float32).
+
+    Exact before that rounding: float64 would be wrong by 2^-20 units, times 2^31 positions.
+    """
+    units = [Fraction(frequency) * 2**32 / _TURN for frequency in frequencies]
+    whole = [round(unit) for unit in units]
+    fraction = [float(unit - nearest) for unit, nearest in zip(units, whole, strict=True)]
+    return np.array([nearest % 2**32 for nearest in whole], np.uint32), np.array(fraction, np.float32)

@@ -84,8 +84,10 @@ def wavelet(t: jax.Array, scale: jax.Array, shift: jax.Array, mother: str | Call
     dtype = jnp.result_type(scale, shift, jnp.float32)
     scale, shift = jnp.asarray(scale, dtype), jnp.asarray(shift, dtype)
     if jnp.issubdtype(t.dtype, jnp.integer):
-        # float32 holds integers to 2^24 only. Both parts of t are exact, and t near b cancels exactly.
-        low = t & 0xFFF
+        # float32 holds integers to 2^24 only. Both parts of t are exact, and t near b cancels exactly. `rem` has
+        # the sign of t: a small negative t must not become -4096 + 4095, which loses a fractional shift's digits.
+        t = t.astype(jnp.int32)
+        low = jax.lax.rem(t, jnp.int32(4096))
         offset = ((t - low).astype(dtype) - shift) + low.astype(dtype)
     else:
         offset = t.astype(dtype) - shift
@@ -156,6 +158,8 @@ def wavelet_position(
     if np.shape(scales) != np.shape(shifts) or np.ndim(scales) not in (1, 2):
         raise UserError(f"scales {np.shape(scales)} and shifts {np.shape(shifts)} must have one shape: [D] or [H, D]")
     distance = jnp.asarray(distance)
+    if jnp.issubdtype(distance.dtype, jnp.integer):
+        distance = distance.astype(jnp.int32)  # an unsigned distance has no negative
     t = distance if t_sign == "m-n" else -distance
     position = functools.partial(wavelet, mother=mother)
     position = jax.vmap(position, in_axes=(None, 0, 0))  # over head dimensions
@@ -168,12 +172,14 @@ def wavelet_position(
 
 @functools.cache
 def _reach(mother: str | Callable, tolerance: float) -> float:
-    """The largest |x| at which |psi(x)| is at least `tolerance`, to 1e-3."""
+    """The largest |x| at which |psi(x)| is at least `tolerance`, to 1e-3; infinite where that is still so at +-40."""
     x = np.linspace(-_FAR, _FAR, 80_001)
     # A Morlet's envelope is the Gaussian, whatever its scale.
     psi = gaussian if mother == "morlet" else MOTHERS.get(mother, mother)
     with jax.ensure_compile_time_eval():
         heights = np.abs(np.asarray(jax.vmap(psi)(jnp.asarray(x, jnp.float32))))
+    if max(heights[0], heights[-1]) >= tolerance:
+        return np.inf
     return float(np.max(np.abs(x), where=heights >= tolerance, initial=0.0)) + 1e-3
 
 

@@ -65,20 +65,30 @@ def attention(
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
     _check_shapes(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
-    (_, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    (batch, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     if (query_positions is None or key_positions is None) and num_queries != num_keys:
         raise UserError(
             f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
             "give query_positions and key_positions"
         )
+    if not 0 <= dropout_rate < 1:
+        raise UserError(f"attention's dropout_rate must be at least 0 and below 1, not {dropout_rate}")
     if dropout_rate > 0 and dropout_key is None:
         raise UserError("attention dropout needs a dropout_key")
+    if window is not None and window < 1:
+        raise UserError(f"attention's window must be at least 1 (a query's own position), not {window}")
     if far_tolerance is not None and not far_tolerance > 0:
         raise UserError(f"far_tolerance must be above 0, not {far_tolerance}")
-    query_positions, query_start = _positions(query_positions, num_queries)
-    key_positions, key_start = _positions(key_positions, num_keys)
-    if segment_ids is not None and not isinstance(segment_ids, tuple):
-        segment_ids = (segment_ids, segment_ids)
+    query_positions, query_start = _positions("query_positions", query_positions, batch, num_queries)
+    key_positions, key_start = _positions("key_positions", key_positions, batch, num_keys)
+    if segment_ids is not None:
+        segment_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        query_segments, key_segments = segment_ids
+        if query_segments.shape != (batch, num_queries) or key_segments.shape != (batch, num_keys):
+            raise UserError(
+                f"segment_ids must be [B, T] = ({batch}, {num_queries}) with T = S, or a pair of that and "
+                f"[B, S] = ({batch}, {num_keys}), not {query_segments.shape} and {key_segments.shape}"
+            )
     consecutive = query_start is not None and key_start is not None
     backend = _choose(backend, num_queries * num_keys, consecutive, dropout_rate)
 
@@ -120,21 +130,30 @@ def attention(
             )
 
 
-def _positions(positions: jax.Array | None, length: int) -> tuple[jax.Array, int | jax.Array | None]:
-    """(positions [length] or [B, length], the first of them where they are known to be consecutive, or else None)."""
-    if positions is None:
-        positions = 0
-    if isinstance(positions, jax.core.Tracer):
-        if positions.ndim:
-            return positions, None
-        return positions + jnp.arange(length, dtype=positions.dtype), positions
-    positions = np.asarray(positions)
-    if not np.issubdtype(positions.dtype, np.integer):
-        raise UserError(f"positions are integers, not {positions.dtype}")
+def _positions(
+    name: str, positions: jax.Array | int | None, batch: int, length: int
+) -> tuple[jax.Array, int | jax.Array | None]:
+    """Positions [length] or [B, length], and the first of them where they are known to be consecutive, or else None.
+
+    In int32: unsigned positions would have no negative distances.
+    """
+    positions = 0 if positions is None else positions
+    traced = isinstance(positions, jax.core.Tracer)
+    positions = positions if traced else np.asarray(positions)
+    if positions.shape not in ((), (length,), (batch, length)) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise UserError(
+            f"{name} must be integers of shape ({length},) or ({batch}, {length}), or the first of consecutive ones, "
+            f"not {positions.dtype} of shape {positions.shape}"
+        )
+    positions = positions.astype(jnp.int32)
+    if traced and positions.ndim:
+        return positions, None
+    if positions.ndim == 0:
+        start = positions if traced else int(positions)
+        return start + jnp.arange(length, dtype=jnp.int32), start
     start = int(positions.flat[0]) if positions.size else 0
-    consecutive = np.arange(start, start + length, dtype=np.int32)
-    if positions.ndim == 0 or (positions == consecutive).all():
-        return jnp.asarray(consecutive), start
+    if (positions == np.arange(start, start + length)).all():
+        return jnp.arange(start, start + length, dtype=jnp.int32), start
     return jnp.asarray(positions), None
 
 

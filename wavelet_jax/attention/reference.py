@@ -8,8 +8,9 @@ import numpy as np
 
 from wavelet_jax.positions.terms import Terms
 
-# Products are accumulated in float32, whatever the dtype of their operands.
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+# Products are accumulated in float32, whatever the dtype of their operands, and float32 ones are not cut to the shorter
+# formats that accelerators take by default.
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
 
 
 def attention(

@@ -82,9 +82,14 @@ class Learned:
     def terms(self, params: Params) -> Terms:
         def embed(positions: jax.Array) -> jax.Array:
             if not isinstance(positions, jax.core.Tracer):
-                check_positions(int(np.max(positions, initial=-1)) + 1, self.max_positions)
-            # A traced position cannot be checked: NaN is loud where a clamped index would be silently wrong.
-            return jnp.take(params["table"], positions, axis=0, mode="fill", fill_value=jnp.nan)
+                low, high = (int(each(positions)) if np.size(positions) else 0 for each in (np.min, np.max))
+                if low < 0:
+                    raise UserError(f"learned positions start at 0: there is no row for position {low}")
+                check_positions(high + 1, self.max_positions)
+            # A traced position cannot be checked: NaN is loud where a clamped index, or a negative one that counts
+            # from the end, would be silently wrong.
+            row = jnp.where(positions < 0, self.max_positions, positions)
+            return jnp.take(params["table"], row, axis=0, mode="fill", fill_value=jnp.nan)
 
         return Terms(embed=embed, max_positions=self.max_positions)
 

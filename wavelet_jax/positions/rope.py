@@ -28,7 +28,12 @@ def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, l
       layout: which dimensions make pair i. "half_split": (i, i + D/2), as in GPT-NeoX and Hugging Face Llama.
         "interleaved": (2i, 2i + 1), as in RoFormer, GPT-J and Meta's Llama. Weights trained with one are wrong
         with the other.
+
+    Raises:
+      UserError: unknown layout.
     """
+    if layout not in LAYOUTS:
+        raise unknown("RoPE layout", layout, LAYOUTS)
     angles = angle(positions, frequencies(x_BxTxHxD.shape[-1], theta))[..., None, :]  # [.., T, 1, D/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x = x_BxTxHxD.astype(jnp.float32)

@@ -43,7 +43,7 @@ class Shaw:
         def lookup(name: str):
             def vectors(distance: jax.Array) -> jax.Array:
                 clipped = jnp.clip(distance, -self.clip_distance, self.clip_distance)
-                return params[name][clipped + self.clip_distance]
+                return jnp.asarray(params[name])[clipped + self.clip_distance]
 
             return vectors
 

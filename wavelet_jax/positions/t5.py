@@ -65,6 +65,6 @@ class T5:
     def terms(self, params: Params) -> Terms:
         def bias(distance: jax.Array) -> jax.Array:
             bucket = buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
-            return jnp.moveaxis(params["bias"][bucket], -1, 0)
+            return jnp.moveaxis(jnp.asarray(params["bias"])[bucket], -1, 0)
 
         return Terms(bias=bias)

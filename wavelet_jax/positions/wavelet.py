@@ -44,7 +44,11 @@ class Wavelet:
         if self.t_sign not in T_SIGNS:
             raise unknown("t_sign", self.t_sign, T_SIGNS)
         for name in ("scales", "shifts"):  # tuples, so that a method stays hashable and a jit constant
-            array = np.asarray(getattr(self, name), np.float32)
+            try:
+                with np.errstate(over="ignore"):  # past float32 is infinite, and refused below
+                    array = np.asarray(getattr(self, name), np.float32)
+            except ValueError:
+                raise UserError(f"{name} must be numbers of shape [head_dim] or [num_heads, head_dim]") from None
             object.__setattr__(self, name, tuple(tuple(row) if np.ndim(row) else row for row in array.tolist()))
         scales, shifts = self.grid()
         if scales.shape != shifts.shape or scales.shape not in ((self.head_dim,), (self.num_heads, self.head_dim)):

@@ -1,0 +1,118 @@
+"""Every key of every run, with what it means. The other files in this folder change some of them.
+
+    python train.py --config=configs/default.py:wavelet --workdir=DIR
+
+trains one small model on the Python standard library's sources. Variants: any position method. The code never
+supplies a default: what a run does is what its config says, and `workdir/config.json` keeps it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(method: str = "wavelet") -> ConfigDict:
+    config = ConfigDict()
+
+    # --- Text -> tokens ------------------------------------------------------------------------------------------
+    config.data = data = ConfigDict()
+    data.source = "python"  # python: the running interpreter's standard library | text: files | jsonl: JSON lines
+    data.train_files = ""  # text and jsonl: paths and globs, comma-separated; plain, .gz or .xz
+    data.validation_files = ""  # the same; empty: documents are taken out of train_files
+    data.text_field = "text"  # jsonl: the field that holds the text
+    data.document = "file"  # text: what is one document: file | line | paragraph (between blank lines)
+    data.validation_fraction = 0.05  # of the documents, by a hash of their content; without validation_files
+    data.tokenizer = "byte"  # byte | word (WikiText's convention) | bpe (trained on the train documents)
+    data.vocab_size = 0  # word: the most frequent kept, 0 for all; bpe: the size to train
+    data.cache_dir = "~/.cache/wavelet_jax"  # tokenised corpora, shared by runs
+
+    # --- The decoder: dimensions E, H, K, D, F of model.py --------------------------------------------------------
+    config.model = model = ConfigDict()
+    model.num_layers = 4  # blocks
+    model.d_model = 128  # E
+    model.num_heads = 4  # H, query heads
+    model.num_kv_heads = 4  # K, key and value heads; divides H (grouped queries)
+    model.head_dim = 32  # D
+    model.d_ff = 344  # F; about 8/3 E for swiglu, 4 E for relu
+    model.norm = "rms"  # rms | layer
+    model.activation = "swiglu"  # swiglu | relu
+    model.use_bias = False  # in the linear layers
+    model.final_norm = True  # a norm before the head
+    model.tied_head = True  # the head is the embedding's transpose
+    model.scale_embedding = False  # embeddings, N(0, E^-1/2), are multiplied by sqrt(E)
+    model.initializer = "fan_in"  # of the linear layers: fan_in: N(0, 1/fan_in) | xavier: uniform
+    model.dropout = 0.0  # on embeddings and residual branches
+    model.attention_dropout = 0.0  # on attention probabilities
+    model.activation_dropout = 0.0  # inside the feed-forward
+    model.dtype = "float32"  # of activations: float32 | bfloat16; parameters are float32
+    model.remat = "none"  # none | block: recompute each block in the backward pass, for memory
+    model.attention_backend = "auto"  # auto, or one of wavelet_jax.attention.BACKENDS
+
+    # --- Position: the method, and all methods' options (each reads those that are its own) -----------------------
+    config.position = position = ConfigDict()
+    position.method = method  # one of wavelet_jax.positions.METHODS
+    position.mother = "ricker"  # wavelet: ricker | gaussian | morlet | haar | haar_standard
+    position.num_scales = 8  # wavelet: s of Eq. (13); divides head_dim
+    position.first_exponent = 0  # wavelet: scales 2^e .. 2^(e+s-1); the paper's long-context runs take 2
+    position.scales = ()  # wavelet: a grid of your own, D numbers each; empty: Eq. (13)'s
+    position.shifts = ()
+    position.t_sign = "m-n"  # wavelet: m-n (Eq. 14) | n-m (footnote 8)
+    position.trainable = False  # wavelet: train scales and shifts
+    position.support_tolerance = 1e-4  # wavelet: what Terms.support is stated for
+    position.theta = 10000.0  # rope, sinusoidal, transformer_xl: base of the frequencies
+    position.layout = "half_split"  # rope: half_split | interleaved
+    position.clip_distance = 64  # shaw: farther keys share a vector
+    position.values = False  # shaw: the value side too
+    position.num_buckets = 32  # t5
+    position.max_distance = 128  # t5: all beyond share the last bucket
+    position.bidirectional = False  # t5: keys after the query have buckets of their own
+    position.max_positions = 2048  # learned: rows of the table; longer sequences are refused
+    position.d_model = model.get_oneway_ref("d_model")  # absolute and transformer_xl: width of their vectors
+
+    # --- Training --------------------------------------------------------------------------------------------------
+    config.train = train = ConfigDict()
+    train.steps = 1000  # optimizer updates
+    train.seed = 0  # of parameters, dropout and the order of windows
+    train.length = 128  # tokens in a window, L_train
+    train.batch_size = 32  # windows an update, all devices and accumulation together
+    train.accumulation = 1  # an update is made of this many equal parts, one after another, for memory
+    train.logits_chunk = 4096  # tokens whose logits are held at a time, for memory; 0: all
+
+    config.optimizer = optimizer = ConfigDict()  # AdamW
+    optimizer.learning_rate = 2e-3  # the peak
+    optimizer.schedule = "cosine"  # after the warm-up: cosine | linear | constant
+    optimizer.warmup_steps = 100  # linear from 0
+    optimizer.decay_steps = train.get_oneway_ref("steps")  # cosine, linear: the update that ends the decay
+    optimizer.final_fraction = 0.1  # cosine, linear: of the peak, at the end
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1  # on matrices; not on norms, biases and position parameters
+    optimizer.clip_norm = 1.0  # of the global gradient; 0: none
+
+    # --- What a run writes ------------------------------------------------------------------------------------------
+    config.log = log = ConfigDict()
+    log.every = 20  # updates
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 500  # updates; the last is always saved
+    checkpoint.keep = 2  # newest checkpoints
+    config.eval = evaluation = ConfigDict()
+    evaluation.every = 500  # updates between validations during training; 0: none
+    evaluation.windows = 128  # validation windows of train.length in each
+    # eval.py, and the end of a comparison:
+    evaluation.max_tokens = 65536  # validation tokens scored at every length; 0: as many as fit
+    evaluation.batch_tokens = 8192  # tokens of a batch; at least one block
+    evaluation.resamples = 1000  # bootstrap resamples of the 95% intervals
+    evaluation.bootstrap_seed = 0  # of the resamples
+
+    # --- Devices: sizes of the mesh axes; -1 once for "the rest" ------------------------------------------------------
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # batches are split over data and fsdp
+    mesh.fsdp = 1  # parameters and optimizer state too
+    mesh.tensor = 1  # heads and the feed-forward's width are split over it
+
+    # --- A comparison: several methods one after another, then evaluation and figures; empty: one run --------------
+    config.compare = compare = ConfigDict()
+    compare.methods = ()
+    compare.lengths = (128, 256, 512, 1024)  # tokens
+    compare.protocol = "full_length"  # full_length | non_overlapping | sliding_window
+
+    return config

@@ -1,0 +1,22 @@
+"""The main job: wavelet, RoPE and ALiBi trained short on real text, then tested on lengths up to 16 times as long.
+
+    python train.py
+
+trains a byte-level model of each on the Python standard library's sources, one after another, and draws
+`runs/quickstart/extrapolation.png`. `configs/quickstart.py:METHOD` is a single run of any other method;
+`--config.compare.methods="('wavelet', 'nope')"` compares others.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(method: str = "") -> ConfigDict:
+    config = default.get_config(method or "wavelet")
+    config.train.update(steps=800, batch_size=16)
+    config.optimizer.learning_rate = 4e-3
+    config.eval.every = 400
+    config.compare.methods = () if method else ("wavelet", "rope", "alibi")
+    config.compare.lengths = (128, 256, 512, 1024, 2048)
+    return config

@@ -1,0 +1,38 @@
+"""Evaluates runs past their training length: a table, extrapolation.csv, extrapolation.png and loss_by_position.png.
+
+    python eval.py --workdir=runs/quickstart/wavelet --workdir=runs/quickstart/rope \
+        --lengths=128,512,2048 --protocol=sliding_window --stride=64 --out=runs/sliding
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from wavelet_jax import cli, evaluation
+from wavelet_jax.errors import UserError
+
+WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once for every run to compare")
+LENGTHS = flags.DEFINE_list("lengths", [], "lengths to evaluate at, tokens: 128,256,...")
+PROTOCOL = flags.DEFINE_string("protocol", "full_length", " | ".join(evaluation.PROTOCOLS))
+STRIDE = flags.DEFINE_integer("stride", 0, "of sliding_window, tokens; 0 for half of each length")
+OUT = flags.DEFINE_string("out", None, "directory for the results")
+
+
+def main() -> None:
+    if not WORKDIRS.value or not LENGTHS.value or not OUT.value:
+        raise UserError("eval.py needs --workdir (once or more), --lengths=128,256,... and --out")
+    try:
+        lengths = [int(length) for length in LENGTHS.value]
+    except ValueError as error:
+        raise UserError(f"--lengths takes whole numbers, not {','.join(LENGTHS.value)}") from error
+    evaluation.evaluate(
+        [Path(workdir) for workdir in WORKDIRS.value],
+        lengths=lengths,
+        protocol=PROTOCOL.value,
+        stride=STRIDE.value,
+        out=Path(OUT.value),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

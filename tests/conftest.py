@@ -1,0 +1,46 @@
+"""What several test files need: a small corpus made on the spot, and configs of a model of seconds."""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+# Without XLA's optimizations small programs compile eight times as fast, and compiling is nearly all the time that the
+# conformance tests take. Tests named `jit_equals_eager` compile as usual.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory) -> Path:
+    """A folder of 60 small documents with enough regularity for a loss to fall."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["wavelet", "of", "a", "scale", "and", "shift", "is", "position", "long", "context", "naïve"]
+    for i in range(60):
+        lines = (" ".join(rng.choice(words, size=12)) for _ in range(12))
+        (folder / f"{i:02}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(text_files, tmp_path_factory):
+    """small_config(method) is configs/smoke.py on the small corpus, with a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(method: str = "wavelet"):
+        config = smoke.get_config(method)
+        config.data.update(source="text", train_files=str(text_files / "*.txt"), cache_dir=str(cache))
+        config.data.validation_fraction = 0.2
+        return config
+
+    return make

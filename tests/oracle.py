@@ -1,0 +1,228 @@
+"""What the tests hold the code to: every method and attention itself, as slow float64 NumPy loops over scalars.
+
+Nothing here imports wavelet_jax; each function is written from its paper. One function a question: `score` is
+q . k with a method's terms, `embedding` and `value` the two other places where a method may enter. A new position
+method needs a case in `score` (and in the others if it uses them); `KNOWN` tells the conformance suite which have one.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+import numpy as np
+
+KNOWN = {"wavelet", "rope", "alibi", "transformer_xl", "shaw", "t5", "sinusoidal", "learned", "nope"}
+
+PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
+
+
+def psi(mother: str, t: float, scale: float, shift: float) -> float:
+    """Eqs. (11), (12), (15) and section 6.3.1: one value of one wavelet; no factor 1/sqrt(scale)."""
+    x = (t - shift) / scale
+    match mother:
+        case "ricker":
+            return (1 - x**2) * math.exp(-(x**2) / 2)
+        case "gaussian":
+            return math.exp(-(x**2))
+        case "morlet":
+            return math.exp(-(x**2)) * math.cos(t - shift)
+        case "haar":
+            return 1.0 if -0.5 <= x < 0 else -1.0 if -1 <= x < -0.5 else 0.0
+        case "haar_standard":
+            return 1.0 if 0 <= x < 0.5 else -1.0 if 0.5 <= x < 1 else 0.0
+    raise AssertionError(mother)
+
+
+def psi_gradient(mother: str, t: float, scale: float, shift: float) -> tuple[float, float]:
+    """(d psi / d scale, d psi / d shift), by hand."""
+    x = (t - shift) / scale
+    match mother:
+        case "ricker":
+            slope = (x**3 - 3 * x) * math.exp(-(x**2) / 2)
+        case "gaussian":
+            slope = -2 * x * math.exp(-(x**2))
+        case "morlet":
+            envelope, envelope_slope = math.exp(-(x**2)), -2 * x * math.exp(-(x**2))
+            cosine, sine = math.cos(t - shift), math.sin(t - shift)
+            return -x / scale * envelope_slope * cosine, -envelope_slope * cosine / scale + envelope * sine
+        case _:
+            slope = 0.0
+    return -x / scale * slope, -slope / scale
+
+
+def grid(head_dim: int, num_scales: int, first_exponent: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. (13): every scale 2^e with every shift 0 .. d/s - 1."""
+    pairs = [
+        (2.0**exponent, float(shift))
+        for exponent in range(first_exponent, first_exponent + num_scales)
+        for shift in range(head_dim // num_scales)
+    ]
+    return np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+
+
+def wavelet_vector(t: int, scales: np.ndarray, shifts: np.ndarray, mother: str = "ricker") -> np.ndarray:
+    """p[t, :], Eq. (14), where t is m - n (or n - m: the caller's sign)."""
+    return np.array([psi(mother, t, a, b) for a, b in zip(scales, shifts, strict=True)])
+
+
+def angle_error(angle: float, position: int, frequency: float) -> float:
+    """|angle - position * frequency| around the circle, radians, in exact arithmetic (2 pi to 60 digits)."""
+    turns = (Fraction(angle) - position * Fraction(frequency)) / (2 * PI)
+    return float(abs(turns - round(turns)) * 2 * PI)
+
+
+def theta_power(i: int, dim: int, theta: float) -> float:
+    """RoPE's and the sinusoid's frequency i, radians a token."""
+    return theta ** (-2 * i / dim)
+
+
+def rope(x: np.ndarray, position: int, theta: float = 10000.0, layout: str = "half_split") -> np.ndarray:
+    """One rotated head vector: pair i as a complex number, multiplied by exp(j position theta^(-2i/d))."""
+    half = len(x) // 2
+    out = np.empty(len(x))
+    for i in range(half):
+        first, second = (i, i + half) if layout == "half_split" else (2 * i, 2 * i + 1)
+        turn = position * theta_power(i, len(x), theta)
+        rotated = complex(x[first], x[second]) * complex(math.cos(turn), math.sin(turn))
+        out[first], out[second] = rotated.real, rotated.imag
+    return out
+
+
+@functools.cache
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The recursion of the ALiBi authors' `get_slopes`."""
+    if math.log2(num_heads).is_integer():
+        start = 2 ** (-8 / num_heads)
+        return [start ** (h + 1) for h in range(num_heads)]
+    below = 2 ** math.floor(math.log2(num_heads))
+    return alibi_slopes(below) + alibi_slopes(2 * below)[0::2][: num_heads - below]
+
+
+@functools.cache
+def t5_bucket(distance: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> int:
+    """T5's rule with its logarithms as comparisons of whole numbers, so that edges cannot be rounded.
+
+    floor(log(n / exact) / log(max_distance / exact) * rest) >= i  where  n^rest exact^i >= max_distance^i exact^rest.
+    """
+    first = 0
+    if bidirectional:
+        num_buckets //= 2
+        first, length = (num_buckets if distance < 0 else 0), abs(distance)
+    else:
+        length = max(distance, 0)
+    exact = num_buckets // 2
+    if length < exact:
+        return first + length
+    rest = num_buckets - exact
+    step = 0
+    while step < rest - 1 and length**rest * exact ** (step + 1) >= max_distance ** (step + 1) * exact**rest:
+        step += 1
+    return first + exact + step
+
+
+def embedding(method: str, options: dict, params: dict, position: int, width: int) -> np.ndarray | None:
+    """What a method adds to the token embedding, [width]; None for those that add nothing."""
+    match method:
+        case "learned":
+            return params["table"][position]
+        case "sinusoidal":
+            theta = options.get("theta", 10000.0)
+            wave = np.empty(width)
+            for i in range(width // 2):
+                wave[2 * i] = math.sin(position * theta_power(i, width, theta))
+                wave[2 * i + 1] = math.cos(position * theta_power(i, width, theta))
+            return wave
+    return None
+
+
+def _wavelet_grid(options: dict, params: dict, head: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    if options.get("trainable"):
+        scales, shifts = 2.0 ** params["log2_scales"], params["shifts"]
+    elif "scales" in options:
+        # The float32 values are the definition; what the caller wrote is rounded to them.
+        scales, shifts = (np.asarray(options[k], np.float32).astype(np.float64) for k in ("scales", "shifts"))
+    else:
+        scales, shifts = grid(head_dim, options.get("num_scales", 8), options.get("first_exponent", 0))
+    return (scales[head], shifts[head]) if np.ndim(scales) == 2 else (scales, shifts)
+
+
+def score(
+    method: str, options: dict, params: dict, head: int, num_heads: int, q: np.ndarray, k: np.ndarray, m: int, n: int
+) -> float:
+    """The attention score of query q [D] at position m and key k [D] at position n."""
+    root = math.sqrt(len(q))
+    match method:
+        case "wavelet":  # Eq. (10)
+            t = m - n if options.get("t_sign", "m-n") == "m-n" else n - m
+            scales, shifts = _wavelet_grid(options, params, head, len(q))
+            return (q @ k + q @ wavelet_vector(t, scales, shifts, options.get("mother", "ricker"))) / root
+        case "rope":
+            return rope(q, m, **options) @ rope(k, n, **options) / root
+        case "alibi":
+            return q @ k / root - alibi_slopes(num_heads)[head] * abs(m - n)
+        case "transformer_xl":  # (a) + (b) + (c) + (d) of section 3.3
+            width = params["projection"].shape[0]
+            turns = [(m - n) * theta_power(i, width, options.get("theta", 10000.0)) for i in range(width // 2)]
+            wave = np.array([math.sin(turn) for turn in turns] + [math.cos(turn) for turn in turns])
+            position = wave @ params["projection"][:, head]
+            u, v = params["content_bias"][head], params["position_bias"][head]
+            return (q @ k + q @ position + u @ k + v @ position) / root
+        case "shaw":
+            clip = options.get("clip_distance", 64)
+            return q @ (k + params["keys"][max(-clip, min(clip, m - n)) + clip]) / root
+        case "t5":
+            return q @ k / root + params["bias"][t5_bucket(m - n, **options), head]
+        case "sinusoidal" | "learned" | "nope":
+            return q @ k / root
+    raise AssertionError(f"tests/oracle.py has no score of {method}: write it from the method's paper")
+
+
+def value(method: str, options: dict, params: dict, v: np.ndarray, m: int, n: int) -> np.ndarray:
+    """What a query at m takes from a value v [D] at n."""
+    if method == "shaw" and options.get("values"):
+        clip = options.get("clip_distance", 64)
+        return v + params["values"][max(-clip, min(clip, m - n)) + clip]
+    return v
+
+
+def attention(
+    query,  # [B, T, H, D]
+    key,  # [B, S, K, D]
+    value_,  # [B, S, K, D]
+    method: str = "nope",
+    options: dict | None = None,
+    params: dict | None = None,
+    *,
+    causal: bool = True,
+    query_positions=None,  # [B, T]
+    key_positions=None,  # [B, S]
+    query_segments=None,  # [B, T]
+    key_segments=None,  # [B, S]
+    window: int | None = None,
+) -> np.ndarray:
+    """Softmax attention, one query and one key at a time; zeros for a query that sees no key. [B, T, H, D]."""
+    options = options or {}
+    params = {name: np.asarray(param, np.float64) for name, param in (params or {}).items()}
+    query, key, value_ = (np.asarray(x, np.float64) for x in (query, key, value_))
+    (batch, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query.shape, key.shape
+    out = np.zeros(query.shape)
+    for b in range(batch):
+        for i in range(num_queries):
+            m = i if query_positions is None else int(query_positions[b][i])
+            for h in range(num_heads):
+                kv = h * num_kv_heads // num_heads
+                scores, values = [], []
+                for j in range(num_keys):
+                    n = j if key_positions is None else int(key_positions[b][j])
+                    if causal and n > m:
+                        continue
+                    if window is not None and abs(m - n) >= window:
+                        continue
+                    if query_segments is not None and query_segments[b][i] != key_segments[b][j]:
+                        continue
+                    scores.append(score(method, options, params, h, num_heads, query[b, i, h], key[b, j, kv], m, n))
+                    values.append(value(method, options, params, value_[b, j, kv], m, n))
+                weights = [math.exp(s - max(scores)) for s in scores]
+                for weight, each in zip(weights, values, strict=True):
+                    out[b, i, h] += weight / sum(weights) * each
+    return out

@@ -1,0 +1,292 @@
+"""attention(): what each of its options does, alone; and what it refuses. Methods are test_conformance.py's matter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from wavelet_jax.attention import BACKENDS, attention
+from wavelet_jax.errors import UserError
+from wavelet_jax.positions import make
+from wavelet_jax.positions.terms import Terms
+
+B, T, H, D = 2, 8, 4, 8
+# As in test_conformance.py.
+OUTPUT = 5e-6
+
+NOPE = Terms()
+# Compiles several times as fast, see test_conformance.py.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def qkv(length: int = T, kv_heads: int = H, keys: int | None = None):
+    keys = length if keys is None else keys
+    return normal(0, B, length, H, D), normal(1, B, keys, kv_heads, D), normal(2, B, keys, kv_heads, D)
+
+
+def wavelet_terms() -> Terms:
+    return make("wavelet", num_heads=H, head_dim=D, num_scales=4).terms({})
+
+
+def against_the_loop(q, k, v, *, backend, slow: dict | None = None, **options):
+    """attention() with wavelets against the oracle, whose names for the same options are in `slow`."""
+    out = attention(q, k, v, wavelet_terms(), backend=backend, **options)
+    assert out.shape == q.shape
+    expected = oracle.attention(q, k, v, "wavelet", {"num_scales": 4}, **(options if slow is None else slow))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=OUTPUT)
+    return np.asarray(out)
+
+
+# --- Each option alone -----------------------------------------------------------------------------------------
+
+
+def test_by_hand():
+    """Two tokens, one head of two dimensions: the second attends by 1 / (1 + e^-x) with x the scores' difference."""
+    q = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32).reshape(1, 2, 1, 2)
+    k = np.array([[1.0, 1.0], [0.0, -1.0]], np.float32).reshape(1, 2, 1, 2)
+    v = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32).reshape(1, 2, 1, 2)
+    first = 1 / (1 + np.exp(-(2 - -2) / np.sqrt(2)))
+    np.testing.assert_allclose(attention(q, k, v, NOPE).reshape(2, 2), [[1, 0], [first, 1 - first]], atol=1e-6)
+    # Eq. (10) with p[0] = (1, 1), p[1] = (0, -3) at scale 1 and 1/2: scores q . (k + p), again over sqrt(2).
+    terms = make("wavelet", num_heads=1, head_dim=2, scales=[1, 0.5], shifts=[0, 0]).terms({})
+    p = np.array([[1, 1], [0, -3 * np.exp(-2)]])
+    difference = 2 * (1 + p[1, 1]) - 2 * (-1 + p[0, 1])
+    first = 1 / (1 + np.exp(-difference / np.sqrt(2)))
+    np.testing.assert_allclose(attention(q, k, v, terms).reshape(2, 2), [[1, 0], [first, 1 - first]], atol=1e-6)
+
+
+@every_backend
+def test_causal_and_not(backend):
+    q, k, v = qkv()
+    causal = against_the_loop(q, k, v, backend=backend)
+    both = against_the_loop(q, k, v, causal=False, backend=backend)
+    np.testing.assert_allclose(both[:, -1], causal[:, -1], rtol=0, atol=OUTPUT)  # the last sees all either way
+    assert np.abs(both[:, 0] - causal[:, 0]).max() > 0.1
+    np.testing.assert_allclose(causal[:, 0], v[:, 0], rtol=0, atol=1e-6)  # one key: its value
+
+
+@every_backend
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_query_heads(kv_heads, backend):
+    """Head h reads key head h // (H / K), also against keys and values written out for every head."""
+    q, k, v = qkv(kv_heads=kv_heads)
+    out = against_the_loop(q, k, v, backend=backend)
+    written_out = [x[:, :, [h // (H // kv_heads) for h in range(H)]] for x in (k, v)]
+    np.testing.assert_allclose(out, attention(q, *written_out, wavelet_terms(), backend=backend), rtol=0, atol=OUTPUT)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 3, T, 100])
+def test_window(window, causal, backend):
+    q, k, v = qkv()
+    out = against_the_loop(q, k, v, window=window, causal=causal, backend=backend)
+    if window == 1:  # itself only
+        np.testing.assert_allclose(out, v, rtol=0, atol=1e-6)
+    if window >= T:
+        np.testing.assert_array_equal(out, attention(q, k, v, wavelet_terms(), causal=causal, backend=backend))
+
+
+@every_backend
+def test_segments(backend):
+    """One array for both sides, or a pair; order and names of the segments do not matter."""
+    q, k, v = qkv()
+    segments = np.array([[5, 5, 5, 2, 2, 2, 2, 2], [0, 1, 1, 1, 0, 0, 1, 0]])
+    slow = {"query_segments": segments, "key_segments": segments}
+    out = against_the_loop(q, k, v, segment_ids=segments, slow=slow, backend=backend)
+    pair = attention(q, k, v, wavelet_terms(), segment_ids=(segments, jnp.asarray(segments)), backend=backend)
+    np.testing.assert_array_equal(pair, out)
+    np.testing.assert_allclose(out[0, 3], v[0, 3], rtol=0, atol=1e-6)  # the first of its document
+
+
+@every_backend
+def test_positions_left_out_are_0_1_2(backend):
+    q, k, v = qkv()
+    out = attention(q, k, v, wavelet_terms(), backend=backend)
+    for places in (np.arange(T), np.tile(np.arange(T), (B, 1)), jnp.arange(T)):
+        given = attention(q, k, v, wavelet_terms(), query_positions=places, key_positions=places, backend=backend)
+        np.testing.assert_allclose(given, out, rtol=0, atol=OUTPUT)
+    np.testing.assert_allclose(
+        attention(q, k, v, wavelet_terms(), key_positions=np.arange(T), backend=backend), out, rtol=0, atol=OUTPUT
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["wavelet", "rope", "alibi", "t5", "shaw", "transformer_xl"])
+def test_positions_of_each_row_equal_separate_calls(name, backend):
+    """[B, T] positions, against each row alone with [T] ones; mixed shapes too."""
+    method = make(name, num_heads=H, head_dim=D)
+    terms = method.terms(method.init(jax.random.key(0)))
+    q, k, v = qkv(length=5, keys=T, kv_heads=2)
+    query_positions = np.array([[9, 3, 4, 12, 0], [100, 101, 50, 7, 8]])
+    key_positions = np.array([[0, 1, 2, 5, 7, 11, 3, 9], [7, 8, 50, 51, 99, 100, 101, 3]])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def attend(q, k, v, query_positions, key_positions):
+        options = {"query_positions": query_positions, "key_positions": key_positions, "backend": backend}
+        return attention(q, k, v, terms, **options)
+
+    both = attend(q, k, v, query_positions, key_positions)
+    for b in range(B):
+        alone = attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], query_positions[b], key_positions[b])
+        np.testing.assert_allclose(both[b], alone[0], rtol=0, atol=OUTPUT)
+    shared = attend(q, k, v, query_positions[0], key_positions)
+    np.testing.assert_allclose(shared[0], both[0], rtol=0, atol=OUTPUT)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.int16])
+def test_positions_of_any_integer_type(dtype, backend):
+    """An unsigned distance has no negative, and would let a query see what follows it."""
+    q, k, v = qkv()
+    places = np.arange(T, dtype=dtype)
+    out = attention(q, k, v, wavelet_terms(), query_positions=places, key_positions=places, backend=backend)
+    np.testing.assert_allclose(out, oracle.attention(q, k, v, "wavelet", {"num_scales": 4}), rtol=0, atol=OUTPUT)
+
+
+@every_backend
+@pytest.mark.parametrize("method_options", [{}, {"values": True}])
+def test_a_query_that_sees_no_key(method_options, backend):
+    """Zeros, and gradients that are zeros: by segment, by window, and where all keys come later."""
+    method = make("shaw", num_heads=H, head_dim=D, **method_options)
+    params = method.init(jax.random.key(0))
+    q, k, v = qkv()
+    late = {"query_positions": np.arange(T), "key_positions": np.arange(T) + T}
+    apart = {"segment_ids": (np.zeros((B, T), int), np.ones((B, T), int))}
+    distant = {"query_positions": np.arange(T) + 100, "key_positions": np.arange(T), "window": 50}
+    for options in (late, apart, distant):
+
+        def out(q, k, v, params, options=options):
+            return attention(q, k, v, method.terms(params), backend=backend, **options)
+
+        np.testing.assert_array_equal(jax.jit(out, compiler_options=QUICK)(q, k, v, params), 0)
+        total = jax.grad(lambda *arguments: jnp.sum(out(*arguments)), argnums=(0, 1, 2, 3))
+        for gradient in jax.tree.leaves(jax.jit(total, compiler_options=QUICK)(q, k, v, params)):
+            np.testing.assert_array_equal(gradient, 0)
+
+
+@every_backend
+def test_large_scores_stay_finite(backend):
+    """Scores of thousands: softmax by its maximum, and one-hot weights."""
+    q, k, v = qkv()
+    out = attention(100 * q, 100 * k, v, NOPE, backend=backend)
+    slow = oracle.attention(100.0 * q, 100.0 * k, v)
+    # Scores up to 1e5 step by 0.008 in float32: weights may be wrong by as much where two keys are that close.
+    np.testing.assert_allclose(out, slow, rtol=0, atol=2 * 0.008 * np.abs(v).max())
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes(dtype, backend):
+    """The value's dtype comes out; sums are float32: one rounding away from float64 on the same numbers."""
+    q, k, v = (jnp.asarray(x, dtype) for x in qkv())
+    out = attention(q, k, v, wavelet_terms(), backend=backend)
+    assert out.dtype == dtype
+    slow = oracle.attention(*(np.asarray(x, np.float64) for x in (q, k, v)), "wavelet", {"num_scales": 4})
+    half_a_step = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(np.asarray(out, np.float64), slow, rtol=half_a_step, atol=OUTPUT)
+
+
+def test_auto_is_a_backend():
+    q, k, v = qkv()
+    np.testing.assert_allclose(
+        attention(q, k, v, wavelet_terms(), backend="auto"),
+        attention(q, k, v, wavelet_terms(), backend="reference"),
+        rtol=0,
+        atol=OUTPUT,
+    )
+
+
+# --- Dropout ---------------------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_dropout_is_a_function_of_its_key(backend):
+    q, k, v = qkv()
+
+    def dropped(seed: int, rate: float = 0.5):
+        key = jax.random.key(seed)
+        return np.asarray(attention(q, k, v, NOPE, dropout_rate=rate, dropout_key=key, backend=backend))
+
+    np.testing.assert_array_equal(dropped(0), dropped(0))
+    assert not np.array_equal(dropped(0), dropped(1))
+    np.testing.assert_array_equal(dropped(0, rate=0.0), attention(q, k, v, NOPE, backend=backend))
+
+
+@every_backend
+def test_dropout_keeps_the_mean_and_drops_its_share(backend):
+    """With one-hot values a query's output is its row of weights: each is 0 or w / (1 - rate)."""
+    rate, runs, length = 0.3, 2000, 6
+    q, k = normal(0, 1, length, 1, length), normal(1, 1, length, 1, length)
+    v = np.eye(length, dtype=np.float32).reshape(1, length, 1, length)
+    weights = np.asarray(attention(q, k, v, NOPE, causal=False, backend=backend))
+
+    def dropped(key):
+        return attention(q, k, v, NOPE, causal=False, dropout_rate=rate, dropout_key=key, backend=backend)
+
+    out = np.asarray(jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(0), runs)))
+    kept = out != 0
+    np.testing.assert_allclose(out, np.where(kept, weights / (1 - rate), 0), rtol=1e-5)
+    # A share of `runs` throws has a standard deviation of sqrt(rate (1 - rate) / runs) = 0.0102; 36 shares, 5 of them.
+    np.testing.assert_allclose(kept.mean(axis=0), 1 - rate, rtol=0, atol=5 * np.sqrt(rate * (1 - rate) / runs))
+    deviation = np.sqrt(rate / (1 - rate) / runs) * weights
+    assert (np.abs(out.mean(axis=0) - weights) <= 5 * deviation).all()
+
+
+# --- What is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((B, T, D), (B, T, H, D), (B, T, H, D)), r"takes \[batch, length, heads, head_dim\]: query \(2, 8, 8\)"),
+        (((B, T, H, D), (B, T, H, D), (B, T, H, 4)), r"key and value be of one shape: .*value \(2, 8, 4, 4\)"),
+        (((B, T, H, D), (B, T, H, 4), (B, T, H, 4)), r"batch and head_dim must agree"),
+        (((B, T, H, D), (3, T, H, D), (3, T, H, D)), r"batch and head_dim must agree"),
+        (((B, T, H, D), (B, T, 3, D), (B, T, 3, D)), r"key heads must divide query heads: .*key \(2, 8, 3, 8\)"),
+        (((B, T, 2, D), (B, T, H, D), (B, T, H, D)), r"key heads must divide query heads"),
+        (((B, 1, H, D), (B, T, H, D), (B, T, H, D)), r"1 queries and 8 keys .*give query_positions and key_positions"),
+    ],
+)
+def test_shapes_refused(shapes, message):
+    with pytest.raises(UserError, match=message):
+        attention(*(jnp.ones(shape) for shape in shapes), NOPE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"backend": "referense"},
+            r"unknown attention backend 'referense': did you mean 'reference'\? allowed are auto,",
+        ),
+        ({"backend": "cudnn"}, r"unknown attention backend 'cudnn': allowed are auto, reference"),
+        ({"dropout_rate": 0.1}, r"attention dropout needs a dropout_key"),
+        ({"dropout_rate": 1.0}, r"dropout_rate must be at least 0 and below 1, not 1.0"),
+        ({"dropout_rate": -0.1}, r"dropout_rate must be at least 0"),
+        ({"window": 0}, r"window must be at least 1 .*, not 0"),
+        ({"query_positions": np.arange(3)}, r"query_positions must be integers of shape \(8,\) or \(2, 8\), .*\(3,\)"),
+        ({"query_positions": np.array(3)}, r"query_positions must be integers"),
+        ({"key_positions": np.zeros((3, T), int)}, r"key_positions must be .* not int.* of shape \(3, 8\)"),
+        ({"key_positions": np.arange(8.0)}, r"key_positions must be integers .*not float32"),
+        ({"segment_ids": np.zeros(T, int)}, r"segment_ids must be \[B, T\] = \(2, 8\) .*not \(8,\) and \(8,\)"),
+        ({"segment_ids": (np.zeros((B, T), int), np.zeros((B, 3), int))}, r"segment_ids must be .*\(2, 3\)"),
+    ],
+)
+def test_options_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        attention(*qkv(), NOPE, **options)
+
+
+def test_segments_of_other_queries_than_keys_need_a_pair():
+    places = {"query_positions": np.arange(3), "key_positions": np.arange(T)}
+    with pytest.raises(UserError, match=r"segment_ids must be \[B, T\] = \(2, 3\) with T = S, or a pair"):
+        attention(*qkv(length=3, keys=T), NOPE, segment_ids=np.zeros((B, 3), int), **places)

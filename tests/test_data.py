@@ -1,0 +1,693 @@
+"""Data: exact tokens on small texts, the split, the cache through every accident, windows, and bad input."""
+
+import concurrent.futures
+import gzip
+import json
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import logging
+from ml_collections import ConfigDict
+
+from wavelet_jax.data import Windows, corpus, load_corpus, sources, tokenizers
+from wavelet_jax.errors import UserError
+
+# Twelve documents of one line each; which of them are validation at a fraction of 0.3 was written down once.
+WORDS = ["quick", "brown", "lazy", "red", "grey", "sly"]
+LINES = [f"document {number}: the {word} fox" for number, word in enumerate(2 * WORDS)]
+HELD_OUT = {0, 2, 3, 7, 8, 9, 11}
+END = 256
+
+
+def make_config(cache: Path, **keys) -> ConfigDict:
+    data = {
+        "cache_dir": str(cache),
+        "source": "text",
+        "train_files": "",
+        "validation_files": "",
+        "text_field": "text",
+        "document": "file",
+        "validation_fraction": 0.3,
+        "tokenizer": "byte",
+        "vocab_size": 0,
+    }
+    assert keys.keys() <= data.keys()
+    return ConfigDict({"data": data | {name: str(key) if isinstance(key, Path) else key for name, key in keys.items()}})
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(key=value, ..)`: a corpus by those keys of config.data, with the cache in tmp_path/cache."""
+    return lambda **keys: load_corpus(make_config(tmp_path / "cache", **keys))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(name, text)`: a file under tmp_path, packed as its name says."""
+
+    def write(name: str, text: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(text if isinstance(text, bytes) else text.encode()))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def lines(write):
+    """A file of `LINES`, for `document="line"`."""
+    return write("lines.txt", "\n".join(LINES) + "\n")
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """A list with one entry for every corpus that was built and not taken from the cache."""
+    built, write = [], corpus._write
+    monkeypatch.setattr(corpus, "_write", lambda *arguments: (built.append(1), write(*arguments))[1])
+    return built
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that were logged, as a user reads them."""
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
+    return said
+
+
+def byte_ids(*documents: str) -> list[int]:
+    return [token for document in documents for token in [*document.encode(), END]]
+
+
+# Tokens
+
+
+def test_bytes(load, write):
+    loaded = load(train_files=write("train.txt", "aé\r\n\n"), validation_files=write("validation.txt", "Z"))
+    assert loaded.train.tolist() == [97, 0xC3, 0xA9, 13, 10, 10, END]
+    assert loaded.validation.tolist() == [90, END]
+    assert (loaded.tokenizer.name, loaded.tokenizer.vocab_size, loaded.unit) == ("byte", 257, "byte")
+    assert loaded.tokenizer.decode(loaded.train) == "aé\r\n\n<|endoftext|>"
+    for stream in (loaded.train, loaded.validation):
+        assert isinstance(stream, np.memmap)
+        assert stream.dtype == np.uint16
+        assert not stream.flags.writeable
+
+
+def test_words_follow_wikitext(load, write):
+    """Every line ends in </s>, blank ones too; ids by count, then by the word; train alone gives the vocabulary."""
+    train = write("train.txt", " \n = Title = \n \n the cat saw <unk> the\u2028dog\n\n")
+    validation = write("validation.txt", "the bird saw\nTitle")
+    loaded = load(train_files=train, validation_files=validation, tokenizer="word")
+    assert loaded.tokenizer.words == ["</s>", "=", "the", "<unk>", "Title", "cat", "dog", "saw"]
+    assert loaded.train.tolist() == [0, 1, 4, 1, 0, 0, 2, 5, 7, 3, 2, 6, 0, 0]
+    assert loaded.validation.tolist() == [2, 3, 7, 0, 4, 0]
+    assert (loaded.tokenizer.name, loaded.tokenizer.vocab_size, loaded.unit) == ("word 8", 8, "word")
+    assert loaded.tokenizer.decode(loaded.validation) == "the <unk> saw\nTitle\n"
+    assert loaded.tokenizer.encode("").tolist() == []
+
+
+def test_words_always_have_unknown_and_line_end(load, write):
+    loaded = load(
+        train_files=write("train.txt", "b b b a a c d"), validation_files=write("v.txt", "b zzz"), tokenizer="word"
+    )
+    assert loaded.tokenizer.words == ["b", "a", "</s>", "c", "d", "<unk>"]
+    assert loaded.validation.tolist() == [0, 5, 2]
+
+
+def test_word_vocabulary_is_cut(load, write):
+    """The rare words are read as <unk>, which takes their place in the order too."""
+    keys = {"train_files": write("train.txt", "b b b a a c d e f"), "validation_files": write("v.txt", "x")}
+    loaded = load(tokenizer="word", vocab_size=4, **keys)
+    assert loaded.tokenizer.words == ["<unk>", "b", "a", "</s>"]
+    assert loaded.train.tolist() == [1, 1, 1, 2, 2, 0, 0, 0, 0, 3]
+    assert loaded.tokenizer.name == "word 4"
+    assert load(tokenizer="word", vocab_size=100, **keys).tokenizer.vocab_size == 8
+
+
+def test_words_past_16_bits(load, write):
+    words = [f"w{number}" for number in range(70_000)]
+    loaded = load(
+        train_files=write("train.txt", " ".join(words)), validation_files=write("v.txt", words[-1]), tokenizer="word"
+    )
+    assert loaded.train.dtype == np.uint32
+    assert loaded.tokenizer.decode(loaded.train[:-1]).split(" ") == words
+    assert loaded.tokenizer.decode(loaded.validation[:1]) == words[-1]
+
+
+TALES = "Die Katze saß auf der Matte — 猫 🐈\u200d⬛.\n\n    def f(x):\n\treturn  x\n<|endoftext|> " * 30
+
+
+def test_bpe(load, write):
+    """Any text comes back, one that looks like the end token too; merges make it shorter; training is repeatable."""
+    keys = {"train_files": write("train.txt", TALES), "validation_files": write("v.txt", "neu: ñ \x01 \u2028\r\n")}
+    loaded = load(tokenizer="bpe", vocab_size=300, **keys)
+    tokenizer = loaded.tokenizer
+    assert (tokenizer.name, tokenizer.vocab_size, loaded.unit) == ("bpe 300", 300, "BPE token")
+    assert loaded.train[-1] == 299
+    assert loaded.train[:-1].max() < 299
+    assert tokenizer.decode(loaded.train) == TALES + "<|endoftext|>"
+    assert tokenizer.decode(loaded.validation[:-1]) == "neu: ñ \x01 \u2028\r\n"
+    assert len(loaded.train) < 0.75 * len(TALES.encode())
+    assert tokenizer.encode("").tolist() == []
+    shutil.rmtree(keys["train_files"].parent / "cache")
+    again = load(tokenizer="bpe", vocab_size=300, **keys)
+    assert again.fingerprint == loaded.fingerprint
+    assert again.train.tolist() == loaded.train.tolist()
+
+
+def test_bpe_is_trained_on_the_train_split_only(load, write):
+    text = write("train.txt", "abab " * 50)
+    one = load(train_files=text, validation_files=write("v.txt", "x"), tokenizer="bpe", vocab_size=400)
+    other = load(train_files=text, validation_files=write("v.txt", "zyx zyx " * 50), tokenizer="bpe", vocab_size=400)
+    assert one.tokenizer.dump() == other.tokenizer.dump()
+    assert one.tokenizer.vocab_size < 270  # the text has no more pairs to merge
+
+
+@pytest.mark.parametrize("piece", [1, 7])
+def test_bpe_pieces_change_no_token(load, write, monkeypatch, piece):
+    loaded = load(
+        train_files=write("t.txt", TALES), validation_files=write("v.txt", "x"), tokenizer="bpe", vocab_size=300
+    )
+    text = " \n = a =  \n\n b c\nd\n e  f \t g\n\nhe's  'x\n"
+    whole = loaded.tokenizer.encode(TALES + text).tolist()
+    monkeypatch.setattr(tokenizers.BPE, "_PIECE", piece)
+    assert len(list(tokenizers.BPE._pieces(TALES + text))) > 100
+    assert loaded.tokenizer.encode(TALES + text).tolist() == whole
+
+
+@pytest.mark.parametrize(("name", "size"), [("byte", 0), ("word", 0), ("bpe", 280)])
+def test_tokenizer_comes_back_from_the_cache(load, lines, builds, name, size):
+    keys = {"train_files": lines, "document": "line", "tokenizer": name, "vocab_size": size}
+    first, second = load(**keys), load(**keys)
+    assert len(builds) == 1
+    assert second.tokenizer.name == first.tokenizer.name
+    assert second.fingerprint == first.fingerprint
+    text = "the quick fox\n"
+    assert second.tokenizer.encode(text).tolist() == first.tokenizer.encode(text).tolist()
+    assert second.tokenizer.decode(second.tokenizer.encode(text)) == text
+
+
+# Sources
+
+
+def test_python_source(load):
+    """The standard library: much text, none of it a test or a package; train and validation share no module."""
+    loaded = load(source="python", validation_fraction=0.05)
+    assert len(loaded.train) > 4_000_000
+    assert 0.01 < len(loaded.validation) / len(loaded.train) < 0.15
+    text = {split: loaded.tokenizer.decode(getattr(loaded, split)[:20_000]) for split in ("train", "validation")}
+    assert "import " in text["train"]
+    assert "import " in text["validation"]
+    files = sources.find_files(make_config(Path("cache"), source="python"))["train"]
+    folders = {part for file in files for part in Path(file).parts[len(Path(os.__file__).parts) - 1 : -1]}
+    assert {"asyncio", "json", "email"} <= folders
+    assert not folders & {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
+
+
+def test_python_files_are_those_of_every_distribution(tmp_path):
+    ours = ["abc.py", "json/__init__.py", "json/decoder.py", "json.py", "xml/dom/minidom.py"]
+    others = """sitecustomize.py _sysconfigdata_.py config-3.11/a.py site-packages/x.py dist-packages/x.py
+        test/x.py unittest/test/x.py a/tests/x.py idlelib/x.py lib2to3/x.py json/__pycache__/x.py json/a.txt my/x.py"""
+    for name in (*ours, *others.split()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pass")
+    assert sources.python_files(str(tmp_path)) == [
+        str(tmp_path / name) for name in sorted(ours, key=lambda n: n.split("/"))
+    ]
+
+
+def test_undecodable_bytes_are_replaced(load, write):
+    loaded = load(train_files=write("a.txt", b"caf\xe9\n"), validation_files=write("b.txt", b"\xef\xbb\xbfbom"))
+    assert loaded.train.tolist() == byte_ids("caf\ufffd\n")
+    assert loaded.validation.tolist() == byte_ids("bom")
+
+
+def test_files_globs_and_packed_files(load, write):
+    """Sorted by path whatever the order of the patterns, each file once, hidden behind .gz and .xz or not."""
+    write("in/b.txt.gz", "packed")
+    write("in/a.txt", "plain")
+    write("in/c[1].txt.xz", "xz")
+    write("in/blank.txt", " \n")
+    folder = write("v.txt", "v").parent
+    patterns = f"{folder}/in/c[1].txt.xz, {folder}/in/*.txt,{folder}/in/*,,{folder}/**/a.txt"
+    assert load(train_files=patterns, validation_files=folder / "v.txt").train.tolist() == byte_ids(
+        "plain", "packed", "xz"
+    )
+
+
+def test_home_folder(write, monkeypatch):
+    path = write("v.txt", "v")
+    monkeypatch.setenv("HOME", str(path.parent))
+    files = {"train_files": write("t.txt", "t"), "validation_files": "~/v.txt"}
+    assert load_corpus(make_config(Path("~/tokens"), **files)).validation.tolist() == byte_ids("v")
+    assert (path.parent / "tokens").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("document", "documents"),
+    [
+        ("file", ["a\nb\n\n \nc\u2028d\r\n\n"]),
+        ("line", ["a", "b", "c\u2028d"]),
+        ("paragraph", ["a\nb", "c\u2028d"]),
+    ],
+)
+def test_documents_of_text(load, write, document, documents):
+    text = write("train.txt", "a\nb\n\n \nc\u2028d\r\n\n")
+    loaded = load(train_files=text, validation_files=write("v.txt", "v"), document=document)
+    assert loaded.train.tolist() == byte_ids(*documents)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_json_lines(load, write, suffix):
+    records = [{"id": 1, "text": "eins\nzwei"}, {"text": ""}, {"text": "drei \ud83d"}]
+    text = "\n\n".join(json.dumps(record) for record in records)
+    loaded = load(
+        source="jsonl",
+        train_files=write(f"train.jsonl{suffix}", text),
+        validation_files=write("v.jsonl", '{"text": "v"}'),
+        document="line",
+    )
+    assert loaded.train.tolist() == byte_ids("eins\nzwei", "drei ?")
+
+
+# The split
+
+
+def test_split_is_as_it_always_was():
+    """The assignment of given contents. Where this fails, validation numbers no longer compare with older ones."""
+    assert {number for number, line in enumerate(LINES) if corpus.in_validation(line, 0.3)} == HELD_OUT
+    assert corpus.in_validation("naïve 猫", 0.5) is True
+
+
+def test_split_fraction_and_nesting():
+    documents = [f"text {number}" for number in range(5000)]
+    small, large = ({d for d in documents if corpus.in_validation(d, fraction)} for fraction in (0.05, 0.2))
+    assert small < large
+    assert abs(len(small) - 250) < 60
+    assert abs(len(large) - 1000) < 120
+
+
+def test_split_goes_by_content_alone(load, write, lines):
+    """Other files, another order: the same documents are held out; equal documents are on one side."""
+    loaded = load(train_files=lines, document="line")
+    assert loaded.train.tolist() == byte_ids(*(line for n, line in enumerate(LINES) if n not in HELD_OUT))
+    assert loaded.validation.tolist() == byte_ids(*(line for n, line in enumerate(LINES) if n in HELD_OUT))
+    for number, line in enumerate(reversed(LINES + LINES)):
+        write(f"many/{number:02}.txt", line)
+    scattered = load(train_files=lines.parent / "many/*.txt")
+    parts = [
+        set(scattered.tokenizer.decode(part).split("<|endoftext|>")) - {""}
+        for part in (scattered.train, scattered.validation)
+    ]
+    assert parts[1] == {LINES[number] for number in HELD_OUT}
+    assert not parts[0] & parts[1]
+    assert len(scattered.validation) == 2 * len(loaded.validation)
+
+
+# The cache
+
+
+def test_cache_is_used_again(load, lines, builds, warnings, tmp_path):
+    first = load(train_files=lines, document="line")
+    os.utime(lines, (1, 1))
+    moved = lines.rename(tmp_path / "moved.txt")
+    second = load(train_files=moved, document="line")
+    assert len(builds) == 1
+    assert second.fingerprint == first.fingerprint
+    assert second.train.tolist() == first.train.tolist()
+    assert isinstance(second.train, np.memmap)
+    assert not warnings
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [  # nothing else is left
+        path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")
+    ]
+
+
+def test_changed_text_is_never_taken_for_the_old(load, write, builds):
+    path, other = write("t.txt", "abcd"), write("v.txt", "v")
+    before = os.stat(path)
+    first = load(train_files=path, validation_files=other)
+    path.write_text("abcx")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = load(train_files=path, validation_files=other)
+    assert second.train.tolist() == byte_ids("abcx")
+    assert second.fingerprint != first.fingerprint
+    assert first.train.tolist() == byte_ids("abcd")
+    path.write_text("abcd")
+    assert load(train_files=path, validation_files=other).fingerprint == first.fingerprint
+    assert len(builds) == 2
+
+
+def test_fingerprint_is_that_of_the_tokens(load, write, lines, builds):
+    """Equal where the tokens are, however the text was packed; another where tokens, tokenizer or split differ."""
+    plain = load(train_files=lines, document="line")
+    packed = load(train_files=write("packed.txt.gz", lines.read_bytes()), document="line")
+    assert packed.fingerprint == plain.fingerprint
+    others = [
+        load(train_files=lines, document="line", validation_fraction=0.5),
+        load(train_files=lines, document="line", tokenizer="word"),
+        load(train_files=lines, document="line", tokenizer="word", vocab_size=10),
+        load(train_files=lines, document="line", tokenizer="bpe", vocab_size=270),
+        load(train_files=lines, document="line", tokenizer="bpe", vocab_size=280),
+        load(train_files=lines, validation_files=write("v.txt", "v"), document="line"),
+        load(train_files=lines, validation_files=write("v.txt", "v"), document="file"),
+    ]
+    assert len({plain.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
+    assert len(builds) == 2 + len(others)
+
+
+def damage_cut(folder):
+    with open(folder / "train.bin", "r+b") as file:
+        file.truncate(10)
+
+
+def damage_byte(folder):
+    with open(folder / "validation.bin", "r+b") as file:
+        file.write(b"?")
+
+
+def damage_meta(folder):
+    (folder / "meta.json").write_text('{"dtype": "<u')
+
+
+def damage_meta_keys(folder):
+    (folder / "meta.json").write_text("[]")
+
+
+def damage_missing(folder):
+    (folder / "validation.bin").unlink()
+
+
+def damage_all(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def damage_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("a file where the folder was")
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_cut, damage_byte, damage_meta, damage_meta_keys, damage_missing, damage_all, damage_file]
+)
+def test_damaged_cache_is_rebuilt(load, lines, builds, warnings, tmp_path, damage):
+    keys = {"train_files": lines, "document": "line"}
+    whole = load(**keys)
+    expected = whole.train.tolist()
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    damage(folder)
+    mended = load(**keys)
+    assert mended.train.tolist() == expected
+    assert mended.fingerprint == whole.fingerprint
+    assert any("is damaged" in line and str(folder) in line and "\n" not in line for line in warnings)
+    warnings.clear()
+    load(**keys)
+    assert len(builds) == 2
+    assert not warnings
+
+
+def folders(cache: Path) -> tuple[list[Path], list[Path]]:
+    """(whole corpora, temporary folders) of a cache."""
+    found = [path for path in cache.iterdir() if path.is_dir()]
+    return [p for p in found if p.name[0] != "."], [p for p in found if p.name[0] == "."]
+
+
+def test_killed_build_is_recovered(load, lines, tmp_path):
+    """SIGKILL in the middle of tokenising: no corpus is there, the next run builds it and removes what was left."""
+    program = f"""
+        import time
+        from ml_collections import ConfigDict
+        from wavelet_jax.data import load_corpus, tokenizers
+        encode, seen = tokenizers.Byte.encode, []
+        def slow(self, text):
+            seen.append(text)
+            if len(seen) == 5:
+                print("in the middle", flush=True)
+                time.sleep(600)
+            return encode(self, text)
+        tokenizers.Byte.encode = slow
+        load_corpus(ConfigDict({make_config(tmp_path / "cache", train_files=lines, document="line").to_dict()}))
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    with child:
+        try:
+            assert child.stdout.readline() == "in the middle\n"
+            whole, temporary = folders(tmp_path / "cache")
+            assert not whole
+            assert len(temporary) == 1
+            # Another corpus may be built meanwhile, and leaves this one alone.
+            load(train_files=lines, document="line", tokenizer="word")
+            assert temporary[0].is_dir()
+        finally:
+            child.kill()
+    loaded = load(train_files=lines, document="line")
+    assert loaded.validation.tolist() == byte_ids(*(LINES[number] for number in sorted(HELD_OUT)))
+    whole, temporary = folders(tmp_path / "cache")
+    assert len(whole) == 2
+    assert not temporary
+
+
+def test_leftovers_of_other_corpora_go_with_the_next_build(load, lines, tmp_path):
+    left = tmp_path / "cache" / f".{'0' * 32}.tmp-abc"
+    (left / "new").mkdir(parents=True)
+    load(train_files=lines, document="line")
+    assert not left.exists()
+
+
+def test_failed_build_leaves_nothing(load, lines, tmp_path, monkeypatch):
+    def fail(self, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizers.Byte, "encode", fail)
+        with pytest.raises(KeyboardInterrupt):
+            load(train_files=lines, document="line")
+    assert folders(tmp_path / "cache") == ([], [])
+    assert len(load(train_files=lines, document="line").train) > 0
+
+
+def test_text_that_changes_during_the_build_is_not_kept(load, lines, tmp_path, monkeypatch):
+    encode = tokenizers.Byte.encode
+
+    def change(self, text):
+        lines.write_text("something else\n" * 20)
+        return encode(self, text)
+
+    monkeypatch.setattr(tokenizers.Byte, "encode", change)
+    with pytest.raises(UserError, match=r"changed while they were read"):
+        load(train_files=lines, document="line")
+    assert folders(tmp_path / "cache") == ([], [])
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_several_builders_at_once(load, lines, builds, monkeypatch, locks):
+    """With locks one builds for all; on a file system without them each does, and every result is whole."""
+    if not locks:
+
+        def refuse(file, operation):
+            raise OSError("no locks here")
+
+        monkeypatch.setattr(corpus.fcntl, "flock", refuse)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        runs = [pool.submit(load, train_files=lines, document="line") for _ in range(8)]
+        loaded = [run.result() for run in runs]
+    assert len({one.fingerprint for one in loaded}) == 1
+    assert len({one.train.tobytes() for one in loaded}) == 1
+    assert 1 <= len(builds) <= (1 if locks else 8)
+
+
+def test_nothing_is_printed_away_from_a_terminal(load, lines, capfd):
+    load(train_files=lines, document="line", tokenizer="bpe", vocab_size=280)
+    assert capfd.readouterr() == ("", "")
+
+
+# Windows
+
+TOKENS = np.arange(1000, 1103, dtype=np.uint16)  # 103 tokens: 10 windows of 10, two tokens over
+
+
+def numbers(windows: Windows, start: int, size: int) -> list[int]:
+    return ((windows.batch(start, size)[:, 0] - 1000) // windows.length).tolist()
+
+
+def test_windows_are_slices_of_the_text():
+    windows = Windows(TOKENS, 10, seed=0)
+    assert windows.num_windows == 10
+    batch = windows.batch(3, 20)
+    assert batch.dtype == np.int32
+    assert batch.shape == (20, 11)
+    for row, number in zip(batch, numbers(windows, 3, 20), strict=True):
+        assert row.tolist() == TOKENS[number * 10 : number * 10 + 11].tolist()
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(11, 1), (20, 1), (21, 2), (101, 10)])
+def test_number_of_windows(tokens, windows):
+    assert Windows(TOKENS[:tokens], 10, seed=0).num_windows == windows
+
+
+def test_every_token_is_a_target_once_an_epoch():
+    targets = Windows(TOKENS[:101], 10, seed=5).batch(0, 10)[:, 1:]
+    assert sorted(targets.ravel().tolist()) == TOKENS[1:101].tolist()
+
+
+def test_epochs():
+    """Each visits every window once, in an order of its own, and none in that of another seed's epoch."""
+    orders = [numbers(Windows(TOKENS, 10, seed), 10 * epoch, 10) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_order_is_a_pure_function_of_seed_and_number():
+    whole = numbers(Windows(TOKENS, 10, seed=7), 0, 40)
+    windows = Windows(TOKENS, 10, seed=7)
+    for size in (1, 3, 8):  # batches over the end of an epoch, asked for from the last to the first
+        parts = [numbers(windows, start, size) for start in reversed(range(0, 40 - 40 % size, size))]
+        assert [number for part in reversed(parts) for number in part] == whole[: 40 - 40 % size]
+    shares = [numbers(windows, 16 + 4 * process, 4) for process in range(2)]
+    assert shares[0] + shares[1] == whole[16:24]
+
+
+def test_order_is_as_it_always_was():
+    """Where this fails, Grain shuffles otherwise: a run can no longer be continued with the data it would have seen."""
+    assert numbers(Windows(TOKENS, 10, seed=0), 0, 20) == [1, 2, 4, 5, 9, 7, 8, 6, 0, 3, 9, 6, 1, 8, 2, 0, 3, 5, 4, 7]
+    assert numbers(Windows(TOKENS, 10, seed=2**40 + 1), 0, 10) == [2, 1, 5, 3, 4, 6, 8, 9, 7, 0]
+
+
+def test_windows_of_a_corpus(load, lines):
+    loaded = load(train_files=lines, document="line")
+    batch = Windows(loaded.train, 16, seed=0).batch(0, 4)
+    assert batch.dtype == np.int32
+    assert all(loaded.train.tobytes().find(row.astype(np.uint16).tobytes()) >= 0 for row in batch)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "seed", "message"),
+    [
+        (10, 10, 0, "the text has 10 tokens, and a window of 10 needs 11: lower config.train.length"),
+        (0, 1, 0, "the text has 0 tokens"),
+        (50, 0, 0, "at least 1 token, not 0: set config.train.length"),
+        (50, 5, -1, "must be 0 or more, not -1: set config.train.seed"),
+    ],
+)
+def test_bad_windows(tokens, length, seed, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Windows(TOKENS[:tokens], length, seed)
+
+
+# Bad input
+
+FILES = {
+    "good.txt": "\n".join(LINES),
+    "copy.txt": "\n".join(LINES),
+    "one.txt": "one document",
+    "blank.txt": " \n\n",
+    "binary.txt": b"PK\0\0",
+    "cut.txt.gz": b"",
+    "not.txt.gz": b"",
+    "not.txt.xz": b"",
+    "one.jsonl": '{"text": "b"}\n',
+    "field.jsonl": '{"text": "a"}\n\n{"txt": "b", "id": 3}\n',
+    "type.jsonl": '{"text": 3}\n',
+    "list.jsonl": '["text"]\n',
+    "syntax.jsonl": '{"text": "a"}\nplain text\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "fragments"),
+    [
+        ({"source": "txt"}, ["unknown config.data.source 'txt'", "did you mean 'text'?"]),
+        ({"document": "lines"}, ["unknown config.data.document 'lines'", "did you mean 'line'?"]),
+        ({"tokenizer": "bytes"}, ["unknown config.data.tokenizer 'bytes'", "did you mean 'byte'?"]),
+        ({"tokenizer": "bpe"}, ["config.data.vocab_size is 0", "257"]),
+        ({"tokenizer": "bpe", "vocab_size": 256}, ["config.data.vocab_size is 256", "257"]),
+        ({"tokenizer": "word", "vocab_size": 1}, ["config.data.vocab_size is 1", "2 or more"]),
+        ({"tokenizer": "word", "vocab_size": -5}, ["config.data.vocab_size is -5"]),
+        ({"cache_dir": ""}, ["config.data.cache_dir is empty"]),
+        ({"cache_dir": "good.txt"}, ["cannot write the token cache", "config.data.cache_dir"]),
+        ({"validation_fraction": 0.0}, ["config.data.validation_fraction is 0.0", "config.data.validation_files"]),
+        ({"validation_fraction": 1.0}, ["config.data.validation_fraction is 1.0"]),
+        ({"train_files": ""}, ["'text'", "config.data.train_files is empty"]),
+        ({"train_files": " , "}, ["config.data.train_files is empty"]),
+        ({"train_files": "no/*.txt"}, ["config.data.train_files: 'no/*.txt' matches no file"]),
+        ({"validation_files": "no.txt"}, ["config.data.validation_files: 'no.txt' matches no file"]),
+        ({"train_files": "folder/"}, ["'folder/' matches no file", "did you mean 'folder/*'?"]),
+        ({"source": "python"}, ["config.data.source is 'python'", "config.data.train_files"]),
+        ({"validation_files": "good.txt"}, ["good.txt is in both splits", "config.data.train_files"]),
+        ({"validation_files": "copy.txt"}, ["copy.txt (it equals", "is in both splits"]),
+        ({"train_files": "blank.txt"}, ["config.data.train_files holds no text", "1 files"]),
+        ({"validation_files": "blank.txt"}, ["config.data.validation_files holds no text"]),
+        ({"train_files": "blank.txt", "validation_files": "one.txt"}, ["config.data.train_files holds no text"]),
+        (
+            {"train_files": "one.txt", "validation_fraction": 0.001},
+            [
+                "the validation split is empty: none of 1 documents",
+                "config.data.validation_fraction 0.001",
+                "config.data.validation_files",
+                "a smaller config.data.document",
+            ],
+        ),
+        ({"train_files": "one.txt"}, ["the train split is empty: none of 1 documents"]),
+        ({"train_files": "one.txt", "tokenizer": "word"}, ["the train split is empty"]),
+        ({"train_files": "one.txt", "tokenizer": "bpe", "vocab_size": 300}, ["the train split is empty"]),
+        ({"source": "jsonl", "train_files": "one.jsonl"}, ["the validation split is empty", "more documents"]),
+        ({"train_files": "binary.txt"}, ["binary.txt is not text", "zero bytes"]),
+        ({"train_files": "cut.txt.gz"}, ["cannot read", "cut.txt.gz", "end-of-stream marker"]),
+        ({"train_files": "not.txt.gz"}, ["cannot read", "not.txt.gz", "Not a gzipped file"]),
+        ({"train_files": "not.txt.xz"}, ["cannot read", "not.txt.xz", "not supported"]),
+        (
+            {"source": "jsonl", "train_files": "field.jsonl"},
+            ["field.jsonl line 3: unknown config.data.text_field 'text': did you mean 'txt'? allowed are txt, id"],
+        ),
+        (
+            {"source": "jsonl", "train_files": "type.jsonl"},
+            ["type.jsonl line 1", "is int, not text: set config.data.text_field"],
+        ),
+        (
+            {"source": "jsonl", "train_files": "list.jsonl"},
+            ["list.jsonl line 1", "is a JSON list", "config.data.text_field"],
+        ),
+        ({"source": "jsonl", "train_files": "syntax.jsonl"}, ["syntax.jsonl line 2 is not JSON", "config.data.source"]),
+    ],
+)
+def test_bad_input(write, tmp_path, monkeypatch, keys, fragments):
+    """One line that says what was found and which key to change, and no corpus or temporary folder left."""
+    for name, content in FILES.items():
+        write(name, content)
+    write("folder/a.txt", "a")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-10])
+    (tmp_path / "not.txt.gz").write_bytes(b"plain text")
+    (tmp_path / "not.txt.xz").write_bytes(b"plain text")
+    monkeypatch.chdir(tmp_path)
+    keys = {"train_files": "good.txt", "cache_dir": "cache"} | keys
+    config = make_config(tmp_path, **keys)
+    with pytest.raises(UserError) as raised:
+        load_corpus(config)
+    message = str(raised.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+    assert not Path("cache").exists() or folders(Path("cache")) == ([], [])
+
+
+def test_unreadable_cache_folder(load, lines, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the token cache .*: set config.data.cache_dir elsewhere"):
+        load(train_files=lines, document="line")
+
+
+def test_no_python_sources(tmp_path):
+    with pytest.raises(UserError, match=r"no Python sources in .*: set config.data.source to 'text'"):
+        sources.python_files(str(tmp_path))

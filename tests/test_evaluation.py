@@ -1,0 +1,177 @@
+"""Protocols, scoring, intervals and what evaluation writes."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import default
+from wavelet_jax import evaluation, figures
+from wavelet_jax.errors import UserError
+from wavelet_jax.evaluation import Block, Curve, plan_blocks
+
+
+class NoProgress:
+    def update(self, count):
+        pass
+
+
+def test_full_length_blocks():
+    blocks = plan_blocks(10, 4, "full_length", stride=4, train_length=2)
+    assert blocks == [Block(0, 0, 4), Block(4, 4, 8), Block(8, 8, 10)]
+
+
+def test_non_overlapping_blocks_are_of_the_training_length():
+    blocks = plan_blocks(10, 5, "non_overlapping", stride=2, train_length=2)
+    assert [(block.start, block.stop) for block in blocks] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 9), (9, 10)]
+    assert plan_blocks(8, 2, "non_overlapping", stride=2, train_length=4) == plan_blocks(
+        8, 2, "full_length", stride=2, train_length=4
+    )
+
+
+def test_sliding_window_scores_new_tokens_only():
+    blocks = plan_blocks(10, 4, "sliding_window", stride=2, train_length=2)
+    assert blocks == [Block(0, 0, 2), Block(0, 2, 4), Block(2, 4, 6), Block(4, 6, 8), Block(6, 8, 10)]
+
+
+@given(
+    num_targets=st.integers(1, 200),
+    length=st.integers(1, 50),
+    stride_of=st.floats(0, 1),
+    train_length=st.integers(1, 60),
+    protocol=st.sampled_from(evaluation.PROTOCOLS),
+)
+def test_every_target_is_scored_once_with_no_more_context_than_the_protocol_gives(
+    num_targets, length, stride_of, train_length, protocol
+):
+    stride = 1 + round(stride_of * (length - 1))
+    blocks = plan_blocks(num_targets, length, protocol, stride=stride, train_length=train_length)
+    scored = [target for block in blocks for target in range(block.first_scored, block.stop)]
+    assert scored == list(range(num_targets))
+    longest = min(length, train_length) if protocol == "non_overlapping" else length
+    assert all(0 <= block.start <= block.first_scored and block.stop - block.start <= longest for block in blocks)
+    if protocol == "sliding_window":  # all the context that fits
+        assert all(block.start == max(0, block.stop - length) for block in blocks)
+
+
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
+@pytest.mark.parametrize("batch_tokens", [1, 12, 1000])
+def test_losses_land_on_their_targets(protocol, batch_tokens):
+    tokens = np.arange(1000, 1024)
+    seen = []
+
+    def eval_step(params, batch):  # the "loss" tells the target and the context it was scored with
+        seen.append(batch.shape)
+        return params * batch[:, 1:] + np.arange(batch.shape[1] - 1) / 100
+
+    blocks = plan_blocks(23, 6, protocol, stride=4, train_length=5)
+    losses, positions = evaluation.score(eval_step, 2, tokens, blocks, batch_tokens=batch_tokens, progress=NoProgress())
+    place = [i - block.start for block in blocks for i in range(block.first_scored, block.stop)]
+    np.testing.assert_array_equal(positions, place)
+    np.testing.assert_allclose(losses, 2 * tokens[1:] + np.array(place) / 100, rtol=1e-6)
+    assert len(set(seen)) == 1  # one shape, one compilation
+
+
+def test_bootstrap_interval():
+    rng = np.random.default_rng(0)
+    losses = rng.normal(3.0, 1.0, 40_000).astype(np.float32)
+    low, high = evaluation.bootstrap_interval(losses, 100, resamples=2000, seed=0)
+    # Of independent losses the mean's standard error is 1 / sqrt(40,000) = 0.005.
+    assert low < losses.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.005, rel=0.15)
+    assert (low, high) == evaluation.bootstrap_interval(losses, 100, resamples=2000, seed=0)
+    # Losses that agree within stretches of 100 carry a hundredth of the information.
+    dependent = np.repeat(losses[:400], 100)
+    wide = evaluation.bootstrap_interval(dependent, 100, resamples=2000, seed=0)
+    assert wide[1] - wide[0] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def curves_and_stamp():
+    rng = np.random.default_rng(0)
+    curves = [
+        Curve(
+            method,
+            "full_length",
+            64,
+            length,
+            length,
+            (np.log(3) + rng.normal(0, 0.1, 1024)).astype(np.float32),
+            np.tile(np.arange(length, dtype=np.int32), 1024 // length),
+            (1.0, 1.2),
+        )
+        for method in ("wavelet", "rope")
+        for length in (64, 256)
+    ]
+    stamp = {
+        "protocol": "full_length",
+        "stride": [64, 256],
+        "tokens_scored": 1024,
+        "tokenizer": "byte",
+        "unit": "byte",
+        "interval": "95%",
+    }
+    return curves, stamp
+
+
+def test_what_is_written(tmp_path):
+    curves, stamp = curves_and_stamp()
+    evaluation.write(curves, stamp, tmp_path / "new" / "folder")
+    with (tmp_path / "new" / "folder" / "extrapolation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    header = "method,protocol,train_length,length,stride,tokens_scored,loss,perplexity,ci_low,ci_high"
+    assert ",".join(rows[0]) == header
+    assert [(row["method"], row["length"]) for row in rows] == [
+        ("wavelet", "64"),
+        ("wavelet", "256"),
+        ("rope", "64"),
+        ("rope", "256"),
+    ]
+    for row, curve in zip(rows, curves, strict=True):
+        assert float(row["loss"]) == pytest.approx(curve.losses.mean(dtype=np.float64))
+        assert float(row["perplexity"]) == pytest.approx(np.exp(float(row["loss"])))
+        assert float(row["ci_low"]) == pytest.approx(np.e)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(evaluation.WRITTEN)
+
+
+def test_figures_show_their_curves(tmp_path):
+    from matplotlib import image
+
+    curves, stamp = curves_and_stamp()
+    worse = [dataclasses.replace(curve, losses=curve.losses + 1) for curve in curves]
+    for draw in (figures.extrapolation, figures.loss_by_position):
+        draw(curves, stamp, tmp_path / "a.png")
+        draw([*curves[:2], *worse[2:]], stamp, tmp_path / "b.png")
+        first, second = (image.imread(tmp_path / name)[..., :3] for name in ("a.png", "b.png"))
+        assert first.shape[0] > 400
+        assert first.shape[1] > 600
+        coloured = np.ptp(first, axis=-1) > 0.3  # the lines; axes and text are grey
+        assert coloured.sum() > 500
+        assert first.shape != second.shape or (first != second).any()
+
+
+def test_table_has_every_number():
+    curves, stamp = curves_and_stamp()
+    table = evaluation.table(curves, stamp)
+    for curve in curves:
+        assert f"{curve.row()['perplexity']:.3f}" in table
+    assert "full_length" in table
+    assert "1,024 tokens scored" in table
+    assert "byte tokenizer" in table
+
+
+@pytest.mark.parametrize(
+    ("available", "limit", "longest", "expected"),
+    [(1000, 0, 256, 768), (1000, 600, 256, 512), (1000, 100, 256, 256), (256, 0, 256, 256)],
+)
+def test_scored_tokens_are_whole_blocks_of_the_longest_length(available, limit, longest, expected):
+    config = default.get_config()
+    config.eval.max_tokens = limit
+    assert evaluation._num_targets(config, available, longest) == expected
+
+
+def test_length_past_the_validation_text_is_refused():
+    with pytest.raises(UserError, match="length 256 is longer than the validation text, which has 255 tokens to score"):
+        evaluation._num_targets(default.get_config(), 255, 256)

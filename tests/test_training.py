@@ -1,0 +1,159 @@
+"""Loss, schedule, optimizer and the train step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from wavelet_jax import sharding, training
+from wavelet_jax.errors import UserError
+from wavelet_jax.model import Decoder
+
+VOCAB = 257
+
+
+def start(config):
+    graphdef, state, _ = training.init(config, VOCAB, sharding.make_mesh(config))
+    return jax.jit(training.make_train_step(config, graphdef)), state
+
+
+def batch(parts: int = 1, size: int = 8, length: int = 64) -> jax.Array:
+    """The same tokens however they are split in parts: bytes of a sentence over and over."""
+    text = np.frombuffer(b"a wavelet has a scale and a shift; attention reads it. " * 40, np.uint8)
+    rows = [text[i * 17 : i * 17 + length + 1] for i in range(size)]
+    return jnp.asarray(np.stack(rows), jnp.int32).reshape(parts, size // parts, -1)
+
+
+def test_one_step_golden_metrics(small_config):
+    train_step, state = start(small_config())
+    _, metrics = train_step(state, batch())
+    got = {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
+    expected = {"loss": GOLDEN_LOSS, "grad_norm": GOLDEN_GRAD_NORM, "learning_rate": 0.002 / 6}
+    assert got == pytest.approx(expected, rel=1e-4), (
+        "The first update of configs/smoke.py:wavelet has changed. If the change was meant (initialisation, loss, "
+        f"schedule, ..), put these numbers into the test and say why in the commit: {got}"
+    )
+
+
+# Of the seed 0 initialisation. Logits are near N(0, 1) there, so the loss must lie near log(257) + 1/2 = 6.05.
+GOLDEN_LOSS, GOLDEN_GRAD_NORM = 6.0780044, 4.5870271
+
+
+def test_step_changes_parameters_and_optimizer_state(small_config):
+    train_step, state = start(small_config("shaw"))
+    after, _ = train_step(state, batch())
+    assert int(after.step) == 1
+
+    def changed(before, now) -> list[bool]:
+        return [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True)]
+
+    assert all(changed(state.params, after.params))  # Shaw's vectors among them
+    assert all(changed(state.opt_state, after.opt_state))
+
+
+@pytest.mark.parametrize("method", ["wavelet", "rope"])
+def test_overfits_a_batch(small_config, method):
+    config = small_config(method)
+    config.optimizer.update(learning_rate=1e-2, weight_decay=0.0)
+    train_step, state = start(config)
+    for _ in range(80):
+        state, metrics = train_step(state, batch(size=2))
+    assert metrics["loss"] < 0.1
+
+
+def test_accumulation_changes_no_update(small_config):
+    states = {}
+    for parts in (1, 4):
+        config = small_config()
+        config.train.accumulation = parts
+        train_step, state = start(config)
+        states[parts], _ = train_step(state, batch(parts))
+
+    # Adam divides by the square root of small second moments, so look at the moments themselves.
+    def moments(state):
+        return jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+
+    for whole, split in zip(moments(states[1]), moments(states[4]), strict=True):
+        np.testing.assert_allclose(whole, split, atol=1e-7)
+
+
+def test_dropout_follows_seed_and_step(small_config):
+    config = small_config()
+    config.model.dropout = 0.5
+    train_step, state = start(config)
+    (_, first), (_, again) = train_step(state, batch()), train_step(state, batch())
+    _, later = train_step(training.State(state.step + 1, state.params, state.opt_state), batch())
+    assert float(first["loss"]) == float(again["loss"])
+    assert float(first["loss"]) != float(later["loss"])
+
+
+def test_chunked_losses_equal_whole_ones(small_config):
+    config = small_config()
+    graphdef, params = nnx.split(Decoder(config, VOCAB, rngs=nnx.Rngs(0)))
+    hidden = jax.random.normal(jax.random.key(0), (2, 11, 32))
+    targets = jax.random.randint(jax.random.key(1), (2, 11), 0, VOCAB)
+
+    def losses(hidden, chunk):
+        return training.token_losses(nnx.merge(graphdef, params), hidden, targets, chunk)
+
+    logits = np.asarray(hidden, np.float64) @ np.asarray(params["embedding"]["embedding"][...], np.float64).T
+    exact = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    for chunk in (0, 6, 8, 22, 1000):  # 11 steps in chunks of 3 and of 4 leave a remainder
+        np.testing.assert_allclose(losses(hidden, chunk), exact, atol=1e-5)
+    whole, chunked = (jax.grad(lambda h, c=chunk: losses(h, c).mean())(hidden) for chunk in (0, 6))
+    np.testing.assert_allclose(whole, chunked, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [  # at updates 0, 4, 5, 15, 25 and 100: warm-up of 5, decay to a tenth at 25
+        ("constant", [1 / 6, 5 / 6, 1, 1, 1, 1]),
+        ("linear", [1 / 6, 5 / 6, 1, 0.55, 0.1, 0.1]),
+        ("cosine", [1 / 6, 5 / 6, 1, 0.55, 0.1, 0.1]),
+    ],
+)
+def test_schedules_at_their_corners(small_config, schedule, expected):
+    config = small_config()
+    config.optimizer.update(learning_rate=1.0, schedule=schedule, warmup_steps=5, decay_steps=25, final_fraction=0.1)
+    rate = training.learning_rate_schedule(config)
+    np.testing.assert_allclose([rate(step) for step in (0, 4, 5, 15, 25, 100)], expected, rtol=1e-5)
+
+
+def test_bad_schedules_are_refused(small_config):
+    config = small_config()
+    config.optimizer.schedule = "cosin"
+    config.optimizer.decay_steps = 100
+    with pytest.raises(UserError, match=r"unknown optimizer.schedule 'cosin': did you mean 'cosine'\?"):
+        training.learning_rate_schedule(config)
+    config.optimizer.update(schedule="cosine", decay_steps=5, warmup_steps=5)
+    with pytest.raises(UserError, match="optimizer.decay_steps 5 .* must be past optimizer.warmup_steps 5"):
+        training.learning_rate_schedule(config)
+
+
+def test_weight_decay_spares_norms_biases_and_positions(small_config):
+    config = small_config("learned")
+    config.model.use_bias = True
+    config.optimizer.update(learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
+    optimizer = training.make_optimizer(config)
+    _graphdef, state = nnx.split(Decoder(config, VOCAB, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(jnp.ones_like, nnx.to_pure_dict(state))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        name = sharding.path_of(path)
+        decayed = name.endswith("kernel") or name == "embedding/embedding"
+        np.testing.assert_allclose(update, -0.5 if decayed else 0.0, err_msg=name)
+
+
+def test_gradients_are_clipped_by_their_global_norm(small_config):
+    config = small_config()
+    config.optimizer.update(clip_norm=0.5)
+    params = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
+    grads = {"a": jnp.full(3, 3.0), "b": jnp.full((2, 2), 4.0)}
+    optimizer = training.make_optimizer(config)
+    _, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    mu = optax.tree.get(opt_state, "mu")  # (1 - b1) times the clipped gradient
+    norm = np.sqrt(27 + 64)
+    np.testing.assert_allclose(mu["a"], 0.1 * 3.0 * 0.5 / norm, rtol=1e-5)
+    np.testing.assert_allclose(mu["b"], 0.1 * 4.0 * 0.5 / norm, rtol=1e-5)

@@ -1,0 +1,128 @@
+"""Trains a run, or several methods one after another and compares them.
+
+    python train.py                                                              the quickstart comparison
+    python train.py --config=configs/wikitext2.py:rope --workdir=runs/rope       one run
+    python train.py ... --config.train.steps=2000                                any key of configs/default.py
+
+A run that was stopped goes on when the same command is given again, to the same losses.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from wavelet_jax import checkpoint, cli, evaluation, runs, sharding, training
+from wavelet_jax.data import Windows, load_corpus
+from wavelet_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", str(Path(__file__).parent / "configs" / "quickstart.py"), "what to train: FILE.py[:variant]"
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and the config file's name if left out")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """One run, from wherever its directory stands to `config.train.steps` updates."""
+    mesh = sharding.make_mesh(config)
+    _check_batch(config, mesh)
+    corpus = load_corpus(config)
+    windows = Windows(corpus.train, config.train.length, config.train.seed)
+    validation = Windows(corpus.validation, config.train.length, config.train.seed)
+    graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
+    train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
+    eval_step = jax.jit(training.make_eval_step(config, graphdef))
+
+    # Nothing has been written so far: what is wrong with the config or the text shows above.
+    runs.claim(workdir, config)
+    manager = checkpoint.open_manager(workdir, config)
+    restored = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint)
+    state, position = restored or (state, 0)
+    first = int(state.step)
+    log = runs.MetricsLog(workdir, first)
+    print(
+        f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
+        f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
+        f"updates {first:,} to {config.train.steps:,}",
+        file=sys.stderr,
+    )
+
+    size, parts = config.train.batch_size, config.train.accumulation
+    batch_sharding = sharding.batch_sharding(mesh, leading=1)
+    last_logged, last_time = first, time.perf_counter()
+    progress = tqdm(
+        range(first + 1, config.train.steps + 1),
+        initial=first,
+        total=config.train.steps,
+        desc=f"{config.position.method:>14}",
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+    for step in progress:
+        tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
+        state, metrics = train_step(state, jax.device_put(tokens, batch_sharding))
+        position += size
+
+        last = step == config.train.steps
+        validate = config.eval.every > 0 and (last or step % config.eval.every == 0)
+        if validate or last or step % config.log.every == 0:
+            metrics = {name: float(value) for name, value in metrics.items()}
+            now = time.perf_counter()
+            metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
+            if validate:
+                metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
+            log.write(step, metrics)
+            shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
+            progress.set_postfix(shown, refresh=False)
+            last_logged, last_time = step, time.perf_counter()
+        if last or step % config.checkpoint.every == 0:
+            checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
+    manager.close()
+    log.close()
+
+
+def compare(config: ConfigDict, workdir: Path) -> None:
+    """Trains every method of `config.compare.methods` in turn, then evaluates them together."""
+    workdirs = []
+    for method in config.compare.methods:
+        run = config.copy_and_resolve_references()
+        run.position.method = method
+        run.compare.methods = ()
+        workdirs.append(workdir / method)
+        train(run, workdirs[-1])
+    evaluation.evaluate(workdirs, lengths=config.compare.lengths, protocol=config.compare.protocol, out=workdir)
+
+
+def main() -> None:
+    config = CONFIG.value
+    filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
+    if config.compare.methods:
+        compare(config, workdir)
+    else:
+        train(config, workdir)
+
+
+def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
+    """Mean loss over `config.eval.windows` validation windows, always the same ones."""
+    count = min(config.eval.windows, validation.num_windows)
+    size = min(config.train.batch_size, count)
+    batches = [validation.batch(start, size) for start in range(0, count - size + 1, size)]
+    losses = [eval_step(params, jax.device_put(batch, sharding.batch_sharding(mesh))).mean() for batch in batches]
+    return float(sum(losses) / len(losses))
+
+
+def _check_batch(config: ConfigDict, mesh) -> None:
+    parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} must be a multiple of {parts}: train.accumulation "
+            f"{config.train.accumulation} x mesh data {mesh.shape['data']} x mesh fsdp {mesh.shape['fsdp']}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

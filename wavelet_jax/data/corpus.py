@@ -1,0 +1,258 @@
+"""From documents to two token streams, train and validation, kept in a cache of memory-mapped files.
+
+A folder of the cache is named by a hash of everything it was made from: every byte of the source files, the
+tokenizer, the split. It appears under that name by one rename, when all of it is on the disk.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from wavelet_jax.data import sources, tokenizers
+from wavelet_jax.errors import UserError
+
+_FORMAT = 1  # raise it when other code would make other tokens of the same text
+_TMP = ".tmp-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokenised text.
+
+    Attributes:
+      train, validation: token ids [N], uint16 or uint32, read-only and memory-mapped.
+      tokenizer: has `name` (such as "byte", "word 33278", "bpe 4096"), `vocab_size`, `encode(text)`, `decode(ids)`.
+      unit: what a token is: "byte", "word" or "BPE token".
+      fingerprint: a hex digest of both streams and of the tokenizer; equal exactly where they are.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: tokenizers.Tokenizer
+    unit: str
+    fingerprint: str
+
+
+def load_corpus(config) -> Corpus:
+    """The corpus that `config.data` describes: from the cache where it is there, else made and put there.
+
+    Safe in several processes at once: one builds, the others wait for it. A build that ends early, killed or by an
+    error, leaves no corpus behind.
+
+    Raises:
+      UserError: one line for an unknown name, missing or unreadable files, text that leaves a split empty, the same
+        file in both splits, a cache folder that cannot be written.
+    """
+    sources.check(config)
+    tokenizer = tokenizers.specification(config)
+    if not config.data.cache_dir:
+        raise UserError("config.data.cache_dir is empty: name a folder for the tokenised text")
+    files = sources.find_files(config)
+    if not files["validation"] and not 0 < config.data.validation_fraction < 1:
+        raise UserError(
+            f"config.data.validation_fraction is {config.data.validation_fraction}: set it between 0 and 1, or name "
+            "config.data.validation_files"
+        )
+    digests = {split: sources.digests(names) for split, names in files.items()}
+    _check_overlap(files, digests)
+    made_from = {
+        "format": _FORMAT,
+        "documents": _document_keys(config),
+        "split": "files" if files["validation"] else config.data.validation_fraction,
+        "tokenizer": tokenizer,
+        **digests,
+    }
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    cache = Path(os.path.expanduser(config.data.cache_dir)).absolute()
+    corpus = _open(config, cache / key)
+    if corpus is not None:
+        return corpus
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f".{key}.lock", wait=True) as held:
+            _remove_leftovers(cache, key if held else None)
+            corpus = _open(config, cache / key)  # another process may have made it while this one waited
+            return corpus or _build(config, cache, key, files, digests)
+    except OSError as error:  # those of reading the text are `UserError`s by now
+        raise UserError(f"cannot write the token cache ({error}): set config.data.cache_dir elsewhere") from error
+
+
+def in_validation(document: str, fraction: float) -> bool:
+    """Whether a document belongs to the validation split: decided by its content alone.
+
+    So it is the same on every machine, equal documents are on one side, and a larger fraction only adds documents.
+    """
+    digest = hashlib.blake2b(document.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def _document_keys(config) -> list[str]:
+    """The keys that decide how files become documents."""
+    match config.data.source:
+        case "python":
+            return ["text", "file"]
+        case "text":
+            return ["text", config.data.document]
+        case _:
+            return ["jsonl", config.data.text_field]
+
+
+def _check_overlap(files: dict[str, list[str]], digests: dict[str, list[str]]) -> None:
+    """Raises `UserError` where a file, under whatever name, is in both splits."""
+    trained_on = dict(zip(digests["train"], files["train"], strict=True))
+    for file, digest in zip(files["validation"], digests["validation"], strict=True):
+        if digest in trained_on and os.path.getsize(file):
+            same = "" if trained_on[digest] == file else f" (it equals {trained_on[digest]})"
+            raise UserError(
+                f"{file}{same} is in both splits: take it out of config.data.train_files or "
+                "config.data.validation_files"
+            )
+
+
+def _documents(config, files: dict[str, list[str]], label: str) -> Iterator[tuple[str, str]]:
+    """(split, document) for every document, train before validation where both have files."""
+    for document in sources.documents(config, files["train"], label):
+        held_out = not files["validation"] and in_validation(document, config.data.validation_fraction)
+        yield "validation" if held_out else "train", document
+    for document in sources.documents(config, files["validation"], label):
+        yield "validation", document
+
+
+def _build(config, cache: Path, key: str, files: dict[str, list[str]], digests: dict[str, list[str]]) -> Corpus:
+    """Makes the corpus in a temporary folder and moves it into place."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{key}{_TMP}", dir=cache))
+    try:
+        made = temporary / "new"
+        made.mkdir()
+        _write(config, made, files)
+        if {split: sources.digests(names) for split, names in files.items()} != digests:
+            raise UserError("the files of config.data.train_files changed while they were read: start again")
+        corpus = _open(config, made)  # its maps stay whatever happens to the name
+        if corpus is None:
+            raise OSError(errno.EIO, "what was written reads back otherwise", str(cache))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(cache / key, temporary / "damaged")
+        try:
+            os.rename(made, cache / key)
+        except OSError as error:
+            # Only where locks do not work: another process was first, with the same tokens.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        return corpus
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(config, folder: Path, files: dict[str, list[str]]) -> None:
+    """Writes train.bin, validation.bin, tokenizer.json and, last, meta.json, document by document."""
+
+    def train_documents() -> Iterator[str]:
+        every = _documents(config, files, f"{config.data.tokenizer} vocabulary")
+        return (document for split, document in every if split == "train")
+
+    tokenizer = tokenizers.train(config, train_documents)
+    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
+    end = b"" if tokenizer.end is None else np.array(tokenizer.end, dtype).tobytes()
+    documents, tokens = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
+    with contextlib.ExitStack() as stack:
+        streams = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in tokens}
+        for split, document in _documents(config, files, f"{config.data.tokenizer} tokens"):
+            ids = tokenizer.encode(document).tobytes() + end
+            streams[split].write(ids)
+            tokens[split] += len(ids) // dtype.itemsize
+            documents[split] += 1
+        for stream in streams.values():
+            _flush(stream)
+    _check_splits(config, documents, files)
+    with open(folder / "tokenizer.json", "w", encoding="utf-8") as file:
+        file.write(tokenizer.dump())
+        _flush(file)
+    meta = {"tokenizer": tokenizer.name, "dtype": dtype.str, "documents": documents, "tokens": tokens}
+    with open(folder / "meta.json", "w", encoding="utf-8") as file:
+        json.dump({**meta, "fingerprint": _fingerprint(folder, dtype.str)}, file, indent=1)
+        _flush(file)
+
+
+def _flush(file) -> None:
+    """On the disk before the rename, or a power cut could leave a whole name on half a file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_splits(config, documents: dict[str, int], files: dict[str, list[str]]) -> None:
+    """Raises `UserError` where a split has no document."""
+    total = sum(documents.values())
+    for split in ("train", "validation"):
+        if files[split] and not (documents[split] if files["validation"] else total):
+            raise UserError(f"config.data.{split}_files holds no text: {len(files[split])} files, all of them blank")
+        if not documents[split]:
+            smaller = "a smaller config.data.document" if config.data.source == "text" else "more documents"
+            raise UserError(
+                f"the {split} split is empty: none of {total} documents falls into it by config.data."
+                f"validation_fraction {config.data.validation_fraction}: change it, name "
+                f"config.data.validation_files, or give {smaller}"
+            )
+
+
+def _fingerprint(folder: Path, dtype: str) -> str:
+    """The digest of both streams and the tokenizer, from the files."""
+    digest = hashlib.sha256(dtype.encode())
+    for name in ("train.bin", "validation.bin", "tokenizer.json"):
+        with open(folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _open(config, folder: Path) -> Corpus | None:
+    """The corpus in a folder of the cache; None where there is none, or (with a warning) a damaged one."""
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        # Reading all of it costs what hashing the source files did, and finds what a size cannot show.
+        if _fingerprint(folder, meta["dtype"]) != meta["fingerprint"]:
+            raise ValueError("its files are not those that were written")
+        tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
+        streams = [np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation")]
+        return Corpus(*streams, tokenizer=tokenizer, unit=tokenizer.unit, fingerprint=meta["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.warning("the token cache %s is damaged (%s): it is built again", folder, error)
+        return None
+
+
+def _remove_leftovers(cache: Path, held_key: str | None) -> None:
+    """Removes the folders of builds that were killed: those whose lock is free, or held by this process."""
+    for folder in cache.glob(f".*{_TMP}*"):
+        owner = folder.name.split(_TMP)[0][1:]
+        lock = contextlib.nullcontext(True) if owner == held_key else _locked(cache / f".{owner}.lock", wait=False)
+        with lock as held:
+            if held:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds the lock of a file, which the kernel drops when its holder dies; False where it cannot be had."""
+    with open(path, "ab") as file:
+        held = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = wait
+            if wait:
+                logging.info("another process tokenises this corpus: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            held = False  # a file system without locks: several may build, and the first rename wins
+        yield held

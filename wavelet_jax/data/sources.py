@@ -1,0 +1,191 @@
+"""Where text comes from: the files that `config.data` names, read as a stream of documents."""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+from wavelet_jax.errors import UserError, unknown
+
+SOURCES = ("python", "text", "jsonl")
+DOCUMENTS = ("file", "line", "paragraph")
+_COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
+_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)  # gzip's own error is an OSError
+
+# Parts of the standard library that distributions package apart or drop, and parts that are tables, not code.
+_LEFT_OUT = {"idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "distutils", "encodings", "pydoc_data"}
+_LEFT_OUT_FOLDERS = {"test", "tests", "__pycache__", "site-packages", "dist-packages"}
+
+
+def check(config) -> None:
+    """Raises `UserError` where `config.data.source` or `config.data.document` is not known."""
+    if config.data.source not in SOURCES:
+        raise unknown("config.data.source", config.data.source, SOURCES)
+    if config.data.document not in DOCUMENTS:
+        raise unknown("config.data.document", config.data.document, DOCUMENTS)
+
+
+def find_files(config) -> dict[str, list[str]]:
+    """The files of the "train" and of the "validation" text, each sorted by path and each file once.
+
+    Without validation files (the list is empty) the train files are those of both splits.
+
+    Raises:
+      UserError: nothing named, a name that matches no file, or files named for a source that reads none.
+    """
+    if config.data.source == "python":
+        if config.data.train_files or config.data.validation_files:
+            raise UserError(
+                "config.data.source is 'python', which reads no other files: set it to 'text' or 'jsonl', or leave "
+                "config.data.train_files and config.data.validation_files empty"
+            )
+        return {"train": python_files(sysconfig.get_path("stdlib")), "validation": []}
+    train = _expand(config.data.train_files, "config.data.train_files")
+    if not train:
+        raise UserError(
+            f"config.data.source is {config.data.source!r} and config.data.train_files is empty: "
+            "name files there, comma-separated paths or globs"
+        )
+    return {"train": train, "validation": _expand(config.data.validation_files, "config.data.validation_files")}
+
+
+def python_files(stdlib: str) -> list[str]:
+    """The .py files of a standard library, in an order that is the same on every machine.
+
+    Only modules that every distribution of this Python has: no installed packages, no tests, no build settings.
+    """
+    found = []
+    for folder, folders, names in os.walk(stdlib):
+        top = folder == stdlib
+        folders[:] = [name for name in folders if name not in _LEFT_OUT_FOLDERS and (not top or _is_library(name))]
+        found += [
+            os.path.relpath(os.path.join(folder, name), stdlib)
+            for name in names
+            if name.endswith(".py") and (not top or _is_library(name[:-3]))
+        ]
+    if not found:
+        raise UserError(
+            f"no Python sources in {stdlib}: set config.data.source to 'text' and config.data.train_files to your text"
+        )
+    return [os.path.join(stdlib, name) for name in sorted(found, key=lambda name: name.split(os.sep))]
+
+
+def _is_library(module: str) -> bool:
+    return module in sys.stdlib_module_names and module not in _LEFT_OUT
+
+
+def _expand(patterns: str, key: str) -> list[str]:
+    """The files that comma-separated paths or globs match, sorted; `key` is named in errors."""
+    files = set()
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        path = os.path.abspath(os.path.expanduser(pattern))
+        # A file may have glob characters in its name.
+        found = [path] if os.path.isfile(path) else filter(os.path.isfile, glob.glob(path, recursive=True))
+        found = set(found)
+        if not found:
+            folder = f" (it is a folder: did you mean '{pattern.rstrip('/')}/*'?)" if os.path.isdir(path) else ""
+            raise UserError(f"{key}: {pattern!r} matches no file{folder}")
+        files |= found
+    return sorted(files)
+
+
+def digests(files: Iterable[str]) -> list[str]:
+    """A SHA-256 for each file, over its bytes as they are on disk and over how they will be unpacked."""
+    result = []
+    for file in files:
+        with _readable(file), open(file, "rb") as raw:
+            result.append(hashlib.file_digest(raw, "sha256").hexdigest() + _compression(file))
+    return result
+
+
+def documents(config, files: list[str], label: str) -> Iterator[str]:
+    """The documents of files in their order, without those that hold no text; one is in memory at a time.
+
+    A Python source and (by default) a text file is one document; `config.data.document` may make it the line or the
+    paragraph (up to a blank line), which then come without their last line end. A JSON line is one document. Bytes
+    that are not UTF-8 become U+FFFD; line ends are "\\n" and a "\\r" is text. `label` goes before the progress bar.
+
+    Raises:
+      UserError: a file that cannot be read, holds no text but binary data, or has a line that is not as it should be.
+    """
+    total = sum(os.path.getsize(file) for file in files)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+        for file in files:
+            before = bar.n
+            with _readable(file), open(file, "rb") as raw, _unpack(file, raw) as text:
+                for document in _split(config, file, text):
+                    bar.update(before + raw.tell() - bar.n)
+                    if document.strip():
+                        yield document
+
+
+def _compression(file: str) -> str:
+    suffix = os.path.splitext(file)[1]
+    return suffix if suffix in _COMPRESSED else ""
+
+
+@contextlib.contextmanager
+def _readable(file: str) -> Iterator[None]:
+    """Turns an error of reading `file` into a `UserError` that names it."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        raise UserError(f"cannot read {file}: {error or type(error).__name__}") from error
+
+
+def _unpack(file: str, raw: io.BufferedReader) -> io.TextIOWrapper:
+    compression = _compression(file)
+    stream = _COMPRESSED[compression](raw, "rb") if compression else raw
+    if b"\0" in stream.peek(8192)[:8192]:
+        raise UserError(f"{file} is not text (it holds zero bytes): plain, .gz and .xz files in UTF-8 can be read")
+    # newline="\n" leaves the text as it is; str.splitlines would also cut at U+2028 and the like.
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="\n")
+
+
+def _split(config, file: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """The documents of one open file."""
+    if config.data.source == "jsonl":
+        for number, line in enumerate(text, start=1):
+            if line.strip():
+                yield _json_text(line, config.data.text_field, f"{file} line {number}")
+    elif config.data.source == "python" or config.data.document == "file":
+        yield text.read()
+    elif config.data.document == "line":
+        yield from (line.rstrip("\r\n") for line in text)
+    else:
+        for blank, lines in itertools.groupby(text, key=lambda line: not line.strip()):
+            if not blank:
+                yield "".join(lines).rstrip("\r\n")
+
+
+def _json_text(line: str, field: str, place: str) -> str:
+    """The text of one JSON line; `place` is named in errors."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON ({error}): set config.data.source to 'text' for plain text") from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} "
+            "(config.data.text_field)"
+        )
+    if field not in record:
+        raise UserError(f"{place}: {unknown('config.data.text_field', field, record)}")
+    if not isinstance(record[field], str):
+        raise UserError(
+            f"{place}: field {field!r} is {type(record[field]).__name__}, not text: set config.data.text_field to "
+            f"another of {', '.join(record)}"
+        )
+    # JSON can escape half of a surrogate pair, which UTF-8 cannot hold.
+    return record[field].encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,203 @@
+"""Tokenizers: bytes, words by the WikiText convention, byte-level BPE. A small class each, with the same attributes.
+
+name: the stamp on figures; unit: what a token is; vocab_size; end: the id after each document, None for none;
+encode(text) -> ids, without the end; decode(ids) -> text; dump() -> what `restore` needs to make it again.
+"""
+
+import collections
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import tokenizers
+
+from wavelet_jax.errors import UserError, unknown
+
+TOKENIZERS = ("byte", "word", "bpe")
+END = "<|endoftext|>"  # how the end of a document looks when decoded; the same letters in a text are plain text
+UNKNOWN, LINE_END = "<unk>", "</s>"
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned dtype for ids, little-endian as in the cache's files: uint16 or uint32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class Byte:
+    """The bytes of UTF-8 text, and 256 for the end of a document."""
+
+    name, unit, vocab_size, end = "byte", "byte", 257, 256
+    _PIECES = (*(bytes([value]) for value in range(256)), END.encode())
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(id_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> str:
+        return b"".join(self._PIECES[i] for i in ids).decode("utf-8", "replace")
+
+    def dump(self) -> str:
+        return "{}"
+
+
+class Word:
+    """Words between white space, `</s>` at each line end (of blank lines too), `<unk>` for words not in the list.
+
+    That is the convention of WikiText (Merity et al., arXiv 1609.07843): nothing marks the end of a document.
+    """
+
+    unit, end = "word", None
+
+    def __init__(self, words: list[str]):
+        self.words, self.vocab_size, self.name = words, len(words), f"word {len(words)}"
+        self._ids = {word: i for i, word in enumerate(words)}
+        self._dtype = id_dtype(len(words))
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "Word":
+        """Takes the words of documents, most frequent first and equal ones by the word itself.
+
+        vocab_size: how many to keep, with `<unk>` and `</s>`, which always are; 0 keeps all.
+        """
+        counts = collections.Counter({UNKNOWN: 0, LINE_END: 0})
+        for document in documents:
+            counts.update(itertools.chain.from_iterable(map(cls._words_of, cls._lines(document))))
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        if vocab_size and len(ranked) > vocab_size:
+            words = [word for word in ranked if word not in (UNKNOWN, LINE_END)]
+            kept, left_out = words[: vocab_size - 2], words[vocab_size - 2 :]
+            counts[UNKNOWN] += sum(counts[word] for word in left_out)  # what they will be read as
+            ranked = sorted([UNKNOWN, LINE_END, *kept], key=lambda word: (-counts[word], word))
+        return cls(ranked)
+
+    @staticmethod
+    def _lines(text: str) -> list[str]:
+        lines = text.split("\n")
+        return lines if lines[-1] else lines[:-1]  # a last line end closes a line, it does not open one
+
+    @staticmethod
+    def _words_of(line: str) -> list[str]:
+        return [*line.split(), LINE_END]
+
+    def encode(self, text: str) -> np.ndarray:
+        unknown_id, ids = self._ids[UNKNOWN], self._ids
+        words = itertools.chain.from_iterable(map(self._words_of, self._lines(text)))
+        return np.fromiter((ids.get(word, unknown_id) for word in words), self._dtype)  # no list of a whole corpus
+
+    def decode(self, ids: np.ndarray) -> str:
+        words = (self.words[i] for i in ids)
+        return re.sub(" ?\n ?", "\n", " ".join("\n" if word == LINE_END else word for word in words))
+
+    def dump(self) -> str:
+        return json.dumps(self.words)
+
+
+class BPE:
+    """Byte-level byte-pair encoding (as GPT-2's), and one id past its own for the end of a document.
+
+    The end is no token of the `tokenizers` model, so that no text can be mistaken for it.
+    """
+
+    unit = "BPE token"
+    _PIECE = 1 << 16  # characters; the library needs some hundred bytes of memory for each it encodes at once
+    _BREAK = re.compile(r"(?<=\S)[ \n](?=\S)")
+
+    def __init__(self, model: tokenizers.Tokenizer):
+        self._model, self.end = model, model.get_vocab_size()
+        self.vocab_size = self.end + 1
+        self.name = f"bpe {self.vocab_size}"
+        self._dtype = id_dtype(self.vocab_size)
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "BPE":
+        """Learns up to `vocab_size` - 257 merges of pairs that occur at least twice in documents."""
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        model.pre_tokenizer, model.decoder = byte_level, tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            min_frequency=2,
+            initial_alphabet=sorted(byte_level.alphabet()),
+            show_progress=False,
+        )
+        model.train_from_iterator(itertools.chain.from_iterable(map(cls._pieces, documents)), trainer)
+        return cls(model)
+
+    @classmethod
+    def _pieces(cls, text: str) -> Iterator[str]:
+        """Cuts a long text where it changes no token: in front of a lone space or line end, where one ends anyway."""
+        start = 0
+        while cut := cls._BREAK.search(text, start + cls._PIECE):
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.concatenate([np.array(self._model.encode(piece).ids, self._dtype) for piece in self._pieces(text)])
+
+    def decode(self, ids: np.ndarray) -> str:
+        parts, part = [], []
+        for i in (*map(int, ids), self.end):
+            if i == self.end:
+                parts.append(self._model.decode(part))
+                part = []
+            else:
+                part.append(i)
+        return END.join(parts)
+
+    def dump(self) -> str:
+        return self._model.to_str()
+
+
+Tokenizer = Byte | Word | BPE
+
+
+def specification(config) -> list:
+    """What, beside the text, decides which tokens come out: a JSON value.
+
+    Raises:
+      UserError: unknown tokenizer, or a `config.data.vocab_size` that it cannot have.
+    """
+    name, size = config.data.tokenizer, config.data.vocab_size
+    match name:
+        case "byte":
+            return [name]
+        case "word":
+            if size < 0 or 0 < size < 2:
+                raise UserError(
+                    f"config.data.vocab_size is {size}: a word vocabulary needs 2 or more ({UNKNOWN} and {LINE_END} "
+                    "are in it), or 0 for all words"
+                )
+            return [name, size]
+        case "bpe":
+            if size < 257:
+                raise UserError(
+                    f"config.data.vocab_size is {size}: bpe needs a size to train, 257 (all bytes and the end of a "
+                    "document) or more, such as 4096"
+                )
+            return [name, size, tokenizers.__version__]  # another version may learn other merges
+        case _:
+            raise unknown("config.data.tokenizer", name, TOKENIZERS)
+
+
+def train(config, documents: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer of `config.data.tokenizer`, made from documents; they are called for where it needs them."""
+    match config.data.tokenizer:
+        case "word":
+            return Word.train(documents(), config.data.vocab_size)
+        case "bpe":
+            return BPE.train(documents(), config.data.vocab_size)
+        case _:
+            return Byte()
+
+
+def restore(config, dumped: str) -> Tokenizer:
+    """The tokenizer of `config.data.tokenizer` from its `dump()`."""
+    match config.data.tokenizer:
+        case "word":
+            return Word(json.loads(dumped))
+        case "bpe":
+            return BPE(tokenizers.Tokenizer.from_str(dumped))
+        case _:
+            return Byte()

@@ -1,0 +1,279 @@
+"""Loss far past the training length: three protocols, the same scored tokens, intervals, a stamp on every number.
+
+The validation stream is cut to M tokens, a multiple of the longest length. Every protocol scores each of the M targets
+exactly once at every length, so that curves compare like with like.
+"""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from wavelet_jax import checkpoint, figures, runs, sharding, training
+from wavelet_jax.data import load_corpus
+from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.model import make_position
+from wavelet_jax.positions.absolute import check_positions
+
+PROTOCOLS = ("full_length", "non_overlapping", "sliding_window")
+COLUMNS = (
+    "method",
+    "protocol",
+    "train_length",
+    "length",
+    "stride",
+    "tokens_scored",
+    "loss",
+    "perplexity",
+    "ci_low",
+    "ci_high",
+)
+WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One forward pass: tokens [start, stop) are read, and the targets of tokens [first_scored, stop) are scored."""
+
+    start: int
+    first_scored: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One method at one length: for target i of the stream, its loss in nats and its place in its block."""
+
+    method: str
+    protocol: str
+    train_length: int
+    length: int
+    stride: int
+    losses: np.ndarray  # [M] float32
+    positions: np.ndarray  # [M] int32
+    ci_loss: tuple[float, float]  # 95% interval of the mean loss
+
+    def row(self) -> dict[str, object]:
+        """The line of extrapolation.csv; ci_low and ci_high bound the perplexity."""
+        loss = float(self.losses.mean(dtype=np.float64))
+        low, high = (float(np.exp(bound)) for bound in self.ci_loss)
+        values = (self.method, self.protocol, self.train_length, self.length, self.stride, len(self.losses))
+        return dict(zip(COLUMNS, (*values, loss, float(np.exp(loss)), low, high), strict=True))
+
+
+def plan_blocks(num_targets: int, length: int, protocol: str, *, stride: int, train_length: int) -> list[Block]:
+    """How a protocol covers targets 0 .. num_targets - 1, each once (paper, section 6.1; the ALiBi repository).
+
+    Args:
+      num_targets: M.
+      length: L, tokens.
+      protocol: "full_length": blocks of L, attention over the whole block. "non_overlapping": sequences of L, cut
+        in blocks of the training length, each scored alone. "sliding_window": windows of L moved by the stride,
+        only the new tokens scored; the first windows are shorter.
+      stride: of the sliding window, 1 .. L.
+      train_length: L_train.
+    """
+    match protocol:
+        case "full_length":
+            cuts = range(0, num_targets, length)
+            return [Block(cut, cut, min(cut + length, num_targets)) for cut in cuts]
+        case "non_overlapping":
+            return [
+                Block(cut, cut, min(cut + train_length, whole.stop))
+                for whole in plan_blocks(num_targets, length, "full_length", stride=length, train_length=train_length)
+                for cut in range(whole.start, whole.stop, train_length)
+            ]
+        case "sliding_window":
+            stops = [min(cut + stride, num_targets) for cut in range(0, num_targets, stride)]
+            return [Block(max(0, stop - length), first, stop) for first, stop in zip([0, *stops], stops, strict=False)]
+    raise unknown("protocol", protocol, PROTOCOLS)
+
+
+def score(eval_step, params, tokens: np.ndarray, blocks: Sequence[Block], *, batch_tokens: int, progress: tqdm):
+    """Losses and block positions of all scored targets, in the order of the stream: ([M] float32, [M] int32)."""
+    num_targets = max(block.stop for block in blocks)
+    longest = max(block.stop - block.start for block in blocks)
+    batch_size = max(1, min(batch_tokens // longest, len(blocks)))
+    losses, positions = np.full(num_targets, np.nan, np.float32), np.zeros(num_targets, np.int32)
+    for first in range(0, len(blocks), batch_size):
+        batch = blocks[first : first + batch_size]
+        # Padding comes after what is scored, where a causal model cannot see it.
+        padded = np.zeros((batch_size, longest + 1), np.int32)
+        for row, block in zip(padded, batch, strict=False):
+            row[: block.stop - block.start + 1] = tokens[block.start : block.stop + 1]
+        by_position = np.asarray(eval_step(params, padded))
+        for row, block in zip(by_position, batch, strict=False):
+            scored = slice(block.first_scored - block.start, block.stop - block.start)
+            losses[block.first_scored : block.stop] = row[scored]
+            positions[block.first_scored : block.stop] = np.arange(scored.start, scored.stop)
+        progress.update(sum(block.stop - block.first_scored for block in batch))
+    return losses, positions
+
+
+def bootstrap_interval(losses: np.ndarray, unit: int, *, resamples: int, seed: int) -> tuple[float, float]:
+    """95% interval of the mean loss, resampling whole stretches of `unit` neighbouring tokens with replacement.
+
+    Neighbouring losses depend on each other; stretches of the longest length hardly do. With the same seed the same
+    stretches are drawn for every method and length, so that intervals move together.
+    """
+    means = losses[: len(losses) // unit * unit].reshape(-1, unit).mean(axis=1, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
+    low, high = np.percentile(means[drawn].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def evaluate(
+    workdirs: Sequence[Path],
+    *,
+    lengths: Sequence[int],
+    protocol: str,
+    out: Path,
+    stride: int = 0,
+) -> list[Curve]:
+    """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
+
+    Args:
+      workdirs: directories of runs that read the same corpus with the same tokenizer.
+      lengths: tokens.
+      protocol: one of `PROTOCOLS`.
+      out: where the results go.
+      stride: of the sliding window, tokens; 0 for half of each length.
+
+    Raises:
+      UserError: before anything is computed or written, for what cannot be evaluated.
+    """
+    configs = [runs.load_config(workdir) for workdir in workdirs]
+    lengths = sorted(set(lengths))
+    _check(configs, workdirs, lengths, protocol, stride)
+    corpora = [load_corpus(config) for config in configs]
+    if len({corpus.fingerprint for corpus in corpora}) > 1:
+        raise UserError(
+            "these runs read different texts or tokenizers, so their losses do not compare: "
+            + ", ".join(
+                f"{workdir} ({corpus.tokenizer.name})" for workdir, corpus in zip(workdirs, corpora, strict=True)
+            )
+        )
+    corpus = corpora[0]
+    num_targets = _num_targets(configs[0], len(corpus.validation) - 1, max(lengths))
+    unit = min(max(lengths), num_targets // 10) or 1  # at least ten stretches to draw from
+    for workdir in workdirs:
+        if checkpoint.latest_step(workdir) is None:
+            raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
+
+    curves = []
+    for config, workdir, label in zip(configs, workdirs, _labels(configs, workdirs), strict=True):
+        graphdef, params, step = _load(config, workdir, corpus)
+        eval_step = jax.jit(training.make_eval_step(config, graphdef))
+        train_length = config.train.length
+        for length in lengths:
+            moved = {"full_length": length, "non_overlapping": min(length, train_length)}.get(
+                protocol, stride or max(1, length // 2)
+            )
+            blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=train_length)
+            title = f"{label} (update {step}) at {length}"
+            with tqdm(total=num_targets, unit="tok", desc=title, leave=False, mininterval=1) as progress:
+                losses, positions = score(
+                    eval_step,
+                    params,
+                    corpus.validation,
+                    blocks,
+                    batch_tokens=config.eval.batch_tokens,
+                    progress=progress,
+                )
+            resampling = {"resamples": config.eval.resamples, "seed": config.eval.bootstrap_seed}
+            interval = bootstrap_interval(losses, unit, **resampling)
+            curves.append(Curve(label, protocol, train_length, length, moved, losses, positions, interval))
+    stamp = {
+        "protocol": protocol,
+        "lengths": lengths,
+        "stride": sorted({curve.stride for curve in curves}),
+        "tokens_scored": num_targets,
+        "tokenizer": corpus.tokenizer.name,
+        "unit": corpus.unit,
+        "corpus": corpus.fingerprint,
+        "interval": f"95%, {configs[0].eval.resamples} resamples of {num_targets // unit} stretches of {unit} tokens",
+        "runs": [str(workdir) for workdir in workdirs],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    write(curves, stamp, out)
+    print(table(curves, stamp))
+    print("\nwritten:", *(out / name for name in WRITTEN), sep="\n  ")
+    return curves
+
+
+def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
+    """Writes extrapolation.csv, extrapolation.png, loss_by_position.png and stamp.json into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "extrapolation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(curve.row() for curve in curves)
+    (out / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
+    figures.extrapolation(curves, stamp, out / "extrapolation.png")
+    figures.loss_by_position(curves, stamp, out / "loss_by_position.png")
+
+
+def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
+    """Perplexity by method and length with its interval, as text."""
+    lengths = sorted({curve.length for curve in curves})
+    width = 22
+    lines = [
+        f"perplexity a {stamp['unit']} [95% interval] by length; {stamp['protocol']}, "
+        f"{stamp['tokens_scored']:,} tokens scored at every length, {stamp['tokenizer']} tokenizer",
+        f"{'method':24}{'L_train':>8}" + "".join(f"{length:>{width},}" for length in lengths),
+    ]
+    for method in dict.fromkeys(curve.method for curve in curves):
+        rows = {curve.length: curve.row() for curve in curves if curve.method == method}
+        cells = (f"{row['perplexity']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" for row in rows.values())
+        train_length = next(iter(rows.values()))["train_length"]
+        lines.append(f"{method:24}{train_length:>8,}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _check(configs: list[ConfigDict], workdirs: Sequence[Path], lengths: list[int], protocol: str, stride: int) -> None:
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
+    if not lengths or lengths[0] < 1:
+        raise UserError(f"lengths must be positive: {', '.join(map(str, lengths)) or 'none given'}")
+    if stride and protocol != "sliding_window":
+        raise UserError(f"a stride goes with the sliding_window protocol, not with {protocol}")
+    if stride < 0 or stride > lengths[0]:
+        raise UserError(f"stride {stride} must be 1 to the shortest length, {lengths[0]}, or tokens would be left out")
+    for config, workdir in zip(configs, workdirs, strict=True):
+        longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
+        max_positions = getattr(make_position(config), "max_positions", None)
+        try:
+            check_positions(longest, max_positions)
+        except UserError as error:
+            raise UserError(f"{workdir} cannot be evaluated at length {longest}: {error}") from error
+
+
+def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
+    limit = config.eval.max_tokens or available
+    num_targets = min(available, limit) // longest * longest
+    if available < longest:
+        raise UserError(f"length {longest} is longer than the validation text, which has {available} tokens to score")
+    return num_targets or longest  # one block, where the limit is below the longest length
+
+
+def _labels(configs: list[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
+    methods = [config.position.method for config in configs]
+    return [
+        f"{method} ({workdir.name})" if methods.count(method) > 1 else method
+        for method, workdir in zip(methods, workdirs, strict=True)
+    ]
+
+
+def _load(config: ConfigDict, workdir: Path, corpus) -> tuple:
+    mesh = sharding.make_mesh(config)
+    graphdef, _, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
+    with checkpoint.open_manager(workdir, config) as manager:
+        state, _ = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint)
+    return graphdef, state.params, int(state.step)

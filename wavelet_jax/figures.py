@@ -1,0 +1,100 @@
+"""Every picture: in colours that colour-blind readers can tell apart, and with its stamp."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: no display is needed
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+# Okabe and Ito's palette, then marks to tell more than eight apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
+    """Perplexity against evaluation length, one line a method with its interval, training lengths marked."""
+    figure, axes = _figure()
+    for i, method in enumerate(_methods(curves)):
+        rows = [curve.row() for curve in curves if curve.method == method]
+        lengths = [row["length"] for row in rows]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(lengths, [row["perplexity"] for row in rows], color=colour, marker=marker, label=method)
+        axes.fill_between(
+            lengths, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=colour, alpha=0.2, lw=0
+        )
+    _mark_training_lengths(axes, curves)
+    axes.set_xscale("log", base=2)
+    lengths = sorted({curve.length for curve in curves})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    spread = np.log10([curve.row()["perplexity"] for curve in curves])
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}") if np.ptp(spread) < 1 else NullFormatter())
+    axes.set_xlabel("evaluation length (tokens)")
+    axes.set_ylabel(f"perplexity a {stamp['unit']}")
+    axes.set_title("Perplexity past the training length")
+    _finish(figure, axes, stamp, path)
+
+
+def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
+    """Mean loss against position in the block at the longest length, in bins of equal width on the log axis.
+
+    It tells extrapolation from the early-token penalty: at any length the first tokens of a block have little context,
+    and a longer block has fewer of them.
+    """
+    longest = max(curve.length for curve in curves)
+    figure, axes = _figure()
+    for i, curve in enumerate(curve for curve in curves if curve.length == longest):
+        block = int(curve.positions.max()) + 1
+        edges = np.unique(np.round(np.geomspace(1, block + 1, 4 * int(np.ceil(np.log2(block + 1))) + 1)))
+        counts, _ = np.histogram(curve.positions + 1, edges)
+        sums, _ = np.histogram(curve.positions + 1, edges, weights=curve.losses.astype(np.float64))
+        centres = np.sqrt(edges[:-1] * (edges[1:] - 1).clip(edges[:-1]))
+        seen = counts > 0
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(centres[seen], sums[seen] / counts[seen], color=colour, label=curve.method)
+    _mark_training_lengths(axes, curves)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel(f"position in the block (tokens), blocks as evaluated at length {longest:,}")
+    axes.set_ylabel(f"loss (nats a {stamp['unit']})")
+    axes.set_title("Loss by position")
+    _finish(figure, axes, stamp, path)
+
+
+def _figure():
+    return plt.subplots(figsize=(7.5, 5), dpi=120, layout="constrained")
+
+
+def _methods(curves: Sequence) -> list[str]:
+    return list(dict.fromkeys(curve.method for curve in curves))
+
+
+def _mark_training_lengths(axes, curves: Sequence) -> None:
+    lengths = sorted({curve.train_length for curve in curves})
+    for length in lengths:
+        axes.axvline(length, color="0.4", ls="--", lw=1, zorder=0)
+    label = ", ".join(f"{length:,}" for length in lengths)
+    axes.plot([], [], color="0.4", ls="--", lw=1, label=f"training length ({label})")
+
+
+def _finish(figure, axes, stamp: dict[str, object], path: Path) -> None:
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    stride = ", ".join(f"{stride:,}" for stride in stamp["stride"])
+    figure.text(
+        0.995,
+        -0.01,
+        f"{stamp['protocol']}, stride {stride}; {stamp['tokens_scored']:,} tokens scored at every length; "
+        f"{stamp['tokenizer']} tokenizer; {stamp['interval']}",
+        ha="right",
+        va="top",
+        fontsize=7,
+        color="0.4",
+    )
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)

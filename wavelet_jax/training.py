@@ -1,0 +1,173 @@
+"""Loss, optimizer, initial state, train step and evaluation step: pure functions, jittable."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.model import Decoder
+from wavelet_jax.sharding import path_of, tree_shardings
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@flax.struct.dataclass
+class State:
+    """Everything an update changes. The data position is not in it: it is step * batch_size windows."""
+
+    step: jax.Array  # updates made, int32
+    params: dict[str, Any]  # the pure tree of the decoder's parameters, float32
+    opt_state: optax.OptState
+
+
+def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
+    """Learning rate of every update: linear warm-up, then what `config.optimizer.schedule` says."""
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    decay_steps = config.optimizer.decay_steps - warmup
+    if config.optimizer.schedule != "constant" and decay_steps < 1:
+        raise UserError(
+            f"optimizer.decay_steps {config.optimizer.decay_steps} (train.steps where not set) must be past "
+            f"optimizer.warmup_steps {warmup}"
+        )
+    match config.optimizer.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.optimizer.final_fraction)
+        case "linear":
+            after = optax.linear_schedule(peak, peak * config.optimizer.final_fraction, decay_steps)
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case other:
+            raise unknown("optimizer.schedule", other, SCHEDULES)
+    # The first update counts as 1 of the warm-up: an update at learning rate 0 would be lost.
+    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rising, after], [warmup]) if warmup else after
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping by the global norm."""
+
+    def decayed(params):
+        def is_matrix(key_path, leaf) -> bool:
+            return leaf.ndim >= 2 and "position" not in path_of(key_path).split("/")
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+    adamw = optax.adamw(
+        learning_rate_schedule(config),
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        mask=decayed,
+    )
+    clip_norm = config.optimizer.clip_norm
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+
+
+def token_losses(model: Decoder, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, chunk: int) -> jax.Array:
+    """Cross entropy of every target in nats, [B, T] float32. Logits are held for `chunk` tokens at a time (0: all)."""
+
+    def losses(hidden_and_targets) -> jax.Array:
+        hidden, targets = hidden_and_targets
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
+
+    batch, length = targets_BxT.shape
+    steps = max(1, chunk // batch) if chunk else length
+    if steps >= length:
+        return losses((hidden_BxTxE, targets_BxT))
+    # Chunks along time leave the batch dimension as it is split over devices.
+    padding = -length % steps
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, steps, *x.shape[2:]), 1, 0)
+
+    by_chunk = jax.lax.map(jax.checkpoint(losses), (chunks(hidden_BxTxE), chunks(targets_BxT)))
+    return jnp.moveaxis(by_chunk, 0, 1).reshape(batch, -1)[:, :length]
+
+
+def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef, State, State]:
+    """Builds the decoder and its optimizer, each array made where it belongs on the mesh.
+
+    Returns:
+      graphdef: with parameters, `nnx.merge(graphdef, params)` is the decoder.
+      state: the state before the first update.
+      abstract_state: its shapes, dtypes and shardings, for restoring a checkpoint.
+    """
+    optimizer = make_optimizer(config)
+
+    def build() -> tuple[nnx.GraphDef, dict]:
+        graphdef, params = nnx.split(Decoder(config, vocab_size, rngs=nnx.Rngs(config.train.seed)))
+        return graphdef, nnx.to_pure_dict(params)
+
+    def make() -> State:
+        params = build()[1]
+        return State(jnp.int32(0), params, optimizer.init(params))
+
+    graphdef = nnx.eval_shape(lambda: nnx.split(Decoder(config, vocab_size, rngs=nnx.Rngs(0)))[0])
+    shapes = jax.eval_shape(make)
+    shardings = tree_shardings(mesh, shapes)
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    return graphdef, jax.jit(make, out_shardings=shardings)(), abstract_state
+
+
+def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[State, jax.Array], tuple[State, dict]]:
+    """One update: (state, tokens [A, B/A, L+1] int32) -> (state, metrics), A = train.accumulation."""
+    optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
+    accumulation = config.train.accumulation
+
+    def loss_of(params, tokens, key) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        hidden = model.hidden(tokens[:, :-1], dropout_key=key)
+        return token_losses(model, hidden, tokens[:, 1:], config.train.logits_chunk).mean()
+
+    def train_step(state: State, tokens_AxBxL1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+
+        def part(total, tokens_and_key):
+            loss_and_grads = jax.value_and_grad(loss_of)(state.params, *tokens_and_key)
+            return jax.tree.map(jnp.add, total, loss_and_grads), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+        keys = jax.random.split(key, accumulation)
+        if accumulation == 1:
+            (loss, grads), _ = part(zeros, (tokens_AxBxL1[0], keys[0]))
+        else:
+            total, _ = jax.lax.scan(part, zeros, (tokens_AxBxL1, keys))
+            loss, grads = jax.tree.map(lambda x: x / accumulation, total)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return State(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[dict, jax.Array], jax.Array]:
+    """(params, tokens [B, L+1] int32) -> the loss of every target, [B, L] float32, in nats."""
+
+    def eval_step(params: dict, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], config.train.logits_chunk)
+
+    return eval_step
+
+
+def count_parameters(params: dict) -> int:
+    """Learned numbers in all."""
+    return sum(np.prod(leaf.shape, dtype=int) for leaf in jax.tree.leaves(params))
