@@ -128,7 +128,7 @@ def test_bad_schedules_are_refused(small_config):
     with pytest.raises(UserError, match=r"unknown optimizer.schedule 'cosin': did you mean 'cosine'\?"):
         training.learning_rate_schedule(config)
     config.optimizer.update(schedule="cosine", decay_steps=5, warmup_steps=5)
-    with pytest.raises(UserError, match="optimizer.decay_steps 5 .* must be past optimizer.warmup_steps 5"):
+    with pytest.raises(UserError, match=r"optimizer.decay_steps 5 .* must be past optimizer.warmup_steps 5"):
         training.learning_rate_schedule(config)
 
 

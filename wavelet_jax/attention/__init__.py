@@ -142,8 +142,8 @@ def _positions(
     positions = positions if traced else np.asarray(positions)
     if positions.shape not in ((), (length,), (batch, length)) or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise UserError(
-            f"{name} must be integers of shape ({length},) or ({batch}, {length}), or the first of consecutive ones, "
-            f"not {positions.dtype} of shape {positions.shape}"
+            f"{name} must be integers of shape ({length},) or ({batch}, {length}), or one integer, the first of "
+            f"consecutive positions, not {positions.dtype} of shape {positions.shape}"
         )
     positions = positions.astype(jnp.int32)
     if traced and positions.ndim:

@@ -26,8 +26,8 @@ from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, spl
 from wavelet_jax.positions.terms import Terms
 
 # No entry of a constant table is wrong by more than this. In float32 scores that is below the rounding of their
-# own sums of D products; bfloat16 rounds queries and keys by 4e-3 of their size.
-FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
+# own sums of D products; bfloat16 rounds queries and keys by 4e-3 of their size, float16 by 5e-4.
+FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
 
 
 # (from this many keys on, tiles with relative keys, tiles without): the last row that applies. Measured on a CPU,
@@ -71,7 +71,7 @@ def attention(
     if tiles is None:
         tiles = _choose_tiles(num_queries, num_keys, terms)
     if far_tolerance is None:
-        far_tolerance = FAR_TOLERANCE["bfloat16" if query_BxTxHxD.dtype in (jnp.bfloat16, jnp.float16) else "float32"]
+        far_tolerance = FAR_TOLERANCE.get(query_BxTxHxD.dtype.name, FAR_TOLERANCE["float32"])
     plan = Plan(
         tiles=tiles,
         causal=causal,
