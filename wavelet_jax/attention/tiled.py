@@ -35,7 +35,11 @@ FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
 # (their local band grows with the rows) and RoPE nothing; bands of 64 raise the far rank and cost 5% more.
 TILES = ((0, Tiles(rows=128, band=128, keys=128), Tiles(rows=128, band=0, keys=128)),)
 
-# Distances of a traced offset are not known: anything up to here, tokens.
+# Distances at a traced offset are not known, and a constant table then has all of its support. Where that has more
+# distances than this, factors would cost seconds, or gigabytes, whatever the lengths: the near form serves everywhere.
+LONGEST_TRACED = 2**15
+
+# Further than any table: distances that a traced offset may have, tokens.
 _FAR_AWAY = 2**29
 
 
@@ -58,7 +62,7 @@ def attention(
       query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H.
       terms: what the position method adds.
       offset: position of the first query less that of the first key; an int, or a traced int32 scalar (constant
-        tables of unbounded support then go by the near form everywhere).
+        tables of more distances than `LONGEST_TRACED` then go by the near form everywhere).
       causal, window: as in `wavelet_jax.attention.attention`.
       segment_ids: ([B, T], [B, S]) or None.
       far_tolerance: no entry of a constant relative_keys is wrong by more than this; None for `FAR_TOLERANCE`.
@@ -169,7 +173,7 @@ def _constants(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | 
         ends = _evaluate(terms, reach + margin, reach), _evaluate(terms, -reach, -reach - margin)
         if max(np.max(np.abs(end)) for end in ends) <= tolerance:
             lowest, highest = int(np.clip(lowest, -reach, reach)), int(np.clip(highest, -reach, reach))
-    if highest - lowest > _FAR_AWAY:
+    if plan.offset is None and highest - lowest > LONGEST_TRACED:
         return None
     table = _evaluate(terms, highest + margin, lowest - margin)
     return factors.factor(
