@@ -356,14 +356,20 @@ def test_chunks_in_a_traced_loop(name, small_tiles):
     assert_same({"out": parts}, {"out": whole}, FLOAT32)
 
 
-def test_a_long_support_at_a_traced_position(small_tiles, monkeypatch):
-    """Nothing as long as the support is made where the position is not known: the near form serves all distances."""
+@pytest.mark.parametrize("start", [10**5, 2**31 - 20])
+def test_a_long_support_far_away(start, small_tiles, monkeypatch):
+    """Nothing as long as the support is made where the position is not known, nor as long as the distance where it is:
+    the near form serves all distances.
+    """
     method = positions.make("wavelet", num_heads=4, head_dim=32, first_exponent=14)
     terms = method.terms({})
-    assert terms.support > tiled.LONGEST_TRACED
+    assert terms.support > tiled.FURTHEST_FACTORS
     monkeypatch.setattr(factors, "factor", None)
     arrays = inputs(20, 60)[:3]
-    options = {"query_positions": 10**5, "key_positions": 10**5 - 30}
+    far = {"query_positions": start, "key_positions": 0}
+    expected = attend(*arrays, terms, backend="reference", **far)
+    assert_same({"out": attend(*arrays, terms, backend="tiled", **far)}, {"out": expected}, FLOAT32)
+    options = {"query_positions": start, "key_positions": start - 30}
     expected = attend(*arrays, terms, backend="reference", **options)
 
     @quick_jit
@@ -372,6 +378,21 @@ def test_a_long_support_at_a_traced_position(small_tiles, monkeypatch):
         return attention(*arrays, terms, backend="tiled", **places)
 
     assert_same({"out": traced(*options.values())}, {"out": expected}, FLOAT32)
+
+
+def test_the_furthest_keys_after_the_query_are_hidden(small_tiles):
+    arrays = inputs(20, 60)[:3]
+    terms = positions.make("wavelet", num_heads=4, head_dim=32).terms({})
+
+    @quick_jit
+    def traced(query_start, key_start):
+        places = {"query_positions": query_start, "key_positions": key_start}
+        return attention(*arrays, terms, backend="tiled", **places)
+
+    first = {"query_positions": 0, "key_positions": 2**31 - 60}
+    assert not np.any(attend(*arrays, terms, backend="tiled", **first))
+    assert not np.any(traced(*first.values()))
+    assert np.all(traced(2**31 - 20, 2**31 - 60))
 
 
 def test_a_query_that_sees_nothing_is_zero(small_tiles):

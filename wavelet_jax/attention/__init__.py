@@ -57,7 +57,8 @@ def attention(
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
-      [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; "tiled" rounds the
+      softmax weights to the value's dtype for their product with it.
 
     Raises:
       UserError: shapes that do not fit, an unknown backend, or what a named backend cannot carry.

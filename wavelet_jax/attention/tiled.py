@@ -35,9 +35,10 @@ FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
 # (their local band grows with the rows) and RoPE nothing; bands of 64 raise the far rank and cost 5% more.
 TILES = ((0, Tiles(rows=128, band=128, keys=128), Tiles(rows=128, band=0, keys=128)),)
 
-# Distances at a traced offset are not known, and a constant table then has all of its support. Where that has more
-# distances than this, factors would cost seconds, or gigabytes, whatever the lengths: the near form serves everywhere.
-LONGEST_TRACED = 2**15
+# Factors go from the local band to the furthest distance that matters: the furthest that there is, or at a traced
+# offset, all of the support. Where that is this much past the lengths themselves (queries at position 2^30 over keys at
+# 0, scales of 2^20), they would cost seconds, or gigabytes, for short sequences: the near form serves everywhere.
+FURTHEST_FACTORS = 2**14
 
 # Further than any table: distances that a traced offset may have, tokens.
 _FAR_AWAY = 2**29
@@ -62,7 +63,7 @@ def attention(
       query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H.
       terms: what the position method adds.
       offset: position of the first query less that of the first key; an int, or a traced int32 scalar (constant
-        tables of more distances than `LONGEST_TRACED` then go by the near form everywhere).
+        tables whose support is past `FURTHEST_FACTORS` then go by the near form everywhere).
       causal, window: as in `wavelet_jax.attention.attention`.
       segment_ids: ([B, T], [B, S]) or None.
       far_tolerance: no entry of a constant relative_keys is wrong by more than this; None for `FAR_TOLERANCE`.
@@ -76,6 +77,9 @@ def attention(
         tiles = _choose_tiles(num_queries, num_keys, terms)
     if far_tolerance is None:
         far_tolerance = FAR_TOLERANCE.get(query_BxTxHxD.dtype.name, FAR_TOLERANCE["float32"])
+    if causal:  # all keys later than all queries are hidden, however much later: keeps int32 sums below from wrapping
+        known = not isinstance(offset, jax.Array)
+        offset = max(offset, -num_queries) if known else jnp.maximum(offset, -num_queries)
     plan = Plan(
         tiles=tiles,
         causal=causal,
@@ -155,9 +159,13 @@ def _distances(plan: Plan, offset: int | jax.Array) -> jax.Array:
     count = plan.queries + 2 * plan.tiles.rows + plan.keys + 2 * plan.padding
     lowest, highest = offset - (plan.keys - 1), offset + plan.queries - 1
     if plan.causal:
-        lowest, highest = jnp.maximum(lowest, 0), jnp.maximum(highest, 0)
-        if plan.offset is not None:  # down to distance 0, and at least one tile
+        if plan.offset is None:
+            lowest, highest = jnp.maximum(lowest, 0), jnp.maximum(highest, 0)
+        else:  # down to distance 0, and at least one tile
+            lowest, highest = max(lowest, 0), max(highest, 0)
             count = max(min(count, first + 1), plan.padding + plan.tiles.rows)
+    if plan.offset is not None:  # in int64: those of padding may be past int32 (and wrap, to be clipped, if traced)
+        return jnp.asarray(np.clip(first - np.arange(count), lowest, highest), jnp.int32)
     return jnp.clip(first - jnp.arange(count, dtype=jnp.int32), lowest, highest)
 
 
@@ -173,7 +181,7 @@ def _constants(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | 
         ends = _evaluate(terms, reach + margin, reach), _evaluate(terms, -reach, -reach - margin)
         if max(np.max(np.abs(end)) for end in ends) <= tolerance:
             lowest, highest = int(np.clip(lowest, -reach, reach)), int(np.clip(highest, -reach, reach))
-    if plan.offset is None and highest - lowest > LONGEST_TRACED:
+    if max(highest, -lowest) > plan.queries + plan.keys + FURTHEST_FACTORS:
         return None
     table = _evaluate(terms, highest + margin, lowest - margin)
     return factors.factor(
