@@ -91,6 +91,18 @@ def test_cache_equals_full_pass(method):
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), logits_of(model, ids), atol=2e-5)
 
 
+@pytest.mark.parametrize("method", ["wavelet", "sinusoidal"])
+def test_cache_in_tiles_equals_full_pass(method):
+    """A cache's positions are the first of consecutive ones: what the tiled backend needs while tracing."""
+    model = make_model(method, attention_backend="tiled")
+    ids = tokens(2, 9)
+    cache, outputs = model.init_cache(2, 12), []
+    for start in (0, 3, 6):
+        logits, cache = extend(model, ids[:, start : start + 3], cache)
+        outputs.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), logits_of(make_model(method), ids), atol=2e-5)
+
+
 @methods
 def test_packed_documents_equal_separate_ones(method):
     model = make_model(method)

@@ -81,8 +81,8 @@ class Block(nnx.Module):
             h_BxTxE = self.attention_norm(x_BxTxE)
             split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
             query_BxTxHxD, key_BxSxKxD, value_BxSxKxD = (split(f(h_BxTxE)) for f in (self.query, self.key, self.value))
-            if cache is not None:  # key_positions then count the slots of the cache
-                start = (0, query_positions[0], 0, 0)
+            if cache is not None:  # positions are then the first of consecutive ones, and slots the keys' positions
+                start = (0, query_positions, 0, 0)
                 key_BxSxKxD = jax.lax.dynamic_update_slice(cache[0], key_BxSxKxD, start)
                 value_BxSxKxD = jax.lax.dynamic_update_slice(cache[1], value_BxSxKxD, start)
             h_BxTxHxD = attention(
@@ -180,9 +180,8 @@ class Decoder(nnx.Module):
         room, wanted = layers[0][0].shape[1], filled + tokens_BxT.shape[1]
         if not isinstance(wanted, jax.core.Tracer) and wanted > room:
             raise UserError(f"the cache has room for {room} tokens, not for {wanted}: give init_cache a longer length")
-        query_positions = filled + jnp.arange(tokens_BxT.shape[1])
-        key_positions = jnp.arange(room)  # slots not filled yet lie after every query
-        hidden_BxTxE, layers = self._run(tokens_BxT, query_positions, key_positions, layers=layers)
+        # Both positions by the first of consecutive ones; slots not filled yet lie after every query.
+        hidden_BxTxE, layers = self._run(tokens_BxT, filled, 0, layers=layers)
         return jnp.where(wanted <= room, hidden_BxTxE, jnp.nan), (layers, wanted)
 
     def logits(self, hidden_BxTxE) -> jax.Array:
@@ -204,7 +203,9 @@ class Decoder(nnx.Module):
         with jax.named_scope("embedding"):
             x_BxTxE = self.embedding(tokens_BxT) * self.embedding_scale
             if embed is not None:
-                x_BxTxE += embed(query_positions).astype(self.dtype)
+                first = np.ndim(query_positions) == 0
+                positions = query_positions + np.arange(tokens_BxT.shape[1]) if first else query_positions
+                x_BxTxE += embed(positions).astype(self.dtype)
             x_BxTxE = _dropout(self.dropout, x_BxTxE, keys[0]).astype(self.dtype)
 
         def run_block(block, x_BxTxE, shared_position, segment_ids, cache, key):

@@ -1,0 +1,189 @@
+"""The sweep of query tiles over key tiles: the online softmax, and its derivative by scores computed again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wavelet_jax.attention.tiles import (
+    Inputs,
+    Plan,
+    Tile,
+    by_distance,
+    by_key,
+    einsum,
+    letters,
+    rows_of,
+    scores_of,
+    table_start,
+    view_of,
+)
+
+
+def _sweep(plan: Plan, position: jax.Array, visit, carry):
+    """Carries `visit(carry, tile)` through the tiles of keys that the query tile at `position` may see.
+
+    `position` is the index of the key at the position of the tile's first row. The local band comes first: it holds
+    the row's own key, so that an online softmax begins with a finite maximum wherever there is one.
+    """
+    rows, band, keys = plan.tiles.rows, plan.tiles.band, plan.tiles.keys
+    carry = visit(carry, Tile(position - band, plan.band, band, None, 0, plan.constants is not None))
+    for side in (0,) if plan.causal else (0, 1):
+        if side == 0:
+            # Tile n holds the `keys` keys that end where the local band, or tile n - 1, begins.
+            inner, reach = position - band, band
+
+            def tile(order, relative):
+                outwards = band + (order + 1) * keys
+                return Tile(position - outwards, keys, outwards, 0, order, relative)
+        else:
+            inner, reach = plan.keys - (position + rows + plan.after), plan.after
+
+            def tile(order, relative):
+                outwards = rows + plan.after + order * keys
+                return Tile(position + outwards, keys, -outwards, 1, order, relative)
+
+        # `inner` keys lie on this side of the band (more than there are, where the band lies past the other end).
+        first, last = jnp.maximum((inner - plan.keys) // keys, 0), -(-inner // keys)
+        if plan.window is not None:
+            last = jnp.minimum(last, max(0, -(-(plan.window - 1 - reach) // keys)))
+        reached = 0 if plan.constants is None else plan.constants.tiles[side]
+        middle = jnp.clip(reached, first, jnp.maximum(last, first))
+        if reached:
+            carry = lax.fori_loop(first, middle, lambda n, c, tile=tile: visit(c, tile(n, True)), carry)
+        carry = lax.fori_loop(middle, last, lambda n, c, tile=tile: visit(c, tile(n, False)), carry)
+    return carry
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None) -> jax.Array:
+    """[N, B, K, G, U, D] in the value's dtype; `segments` are those of the query tiles [N, B, U], and [B, S] padded."""
+    return _forward(plan, inputs, offset, segments)[0]
+
+
+def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
+    """`attend`, and what its gradient needs: the logarithm of the sum of exponentials of every row's scores (+inf where
+    it sees nothing) and all forms of the queries.
+    """
+    row_segments, key_segments = segments or (None, None)
+
+    def query_tile(_, xs):
+        index, row, own_segments = xs
+
+        def visit(carry, tile):
+            highest, total, out = carry
+            view = view_of(plan, inputs, tile, offset, own_segments, key_segments)
+            with jax.named_scope("scores"):
+                scores = scores_of(plan, row, view, tile)
+            with jax.named_scope("softmax"):
+                raised = jnp.maximum(highest, jnp.max(scores, axis=-1))
+                # A row that has seen nothing has a maximum of -inf; 0 in its place keeps NaN out.
+                finite = jnp.where(jnp.isfinite(raised), raised, 0)
+                weights = jnp.exp(scores - finite[..., None])
+                kept = jnp.exp(highest - finite)
+                total = total * kept + jnp.sum(weights, axis=-1)
+            with jax.named_scope("values"):
+                out = out * kept[..., None]
+                out += einsum("bkguv,bkvd->bkgud", weights.astype(view.value.dtype), view.value)
+                if view.near_value is not None:
+                    G = by_distance(plan, weights, tile)
+                    out += einsum(f"bkgue,{letters(view.near_value)}->bkguc", G, view.near_value)
+            return raised, total, out
+
+        shape = row.query.shape
+        start = jnp.full(shape[:-1], -jnp.inf), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+        highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, start)
+        out /= jnp.where(total > 0, total, 1)[..., None]
+        logsumexp = jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+        return None, (out.astype(inputs.value_BxKxSxD.dtype), logsumexp)
+
+    rows = rows_of(plan, inputs.query_NxBxKxGxUxD, inputs.position_NxBxKxGxUxD)
+    tiles = jnp.arange(inputs.query_NxBxKxGxUxD.shape[0])
+    out, logsumexp = lax.scan(query_tile, None, (tiles, rows, row_segments))[1]
+    return out, (out, logsumexp, rows)
+
+
+def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
+    out, saved = _forward(plan, inputs, offset, segments)
+    return out, (inputs, offset, segments, *saved)
+
+
+def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> tuple:
+    """Gradients of all inputs in one sweep, from scores computed again (Dao et al., arXiv 2205.14135, Alg. 4)."""
+    inputs, offset, segments, out, logsumexp, rows = residuals
+    row_segments, key_segments = segments or (None, None)
+
+    def add(gradient: jax.Array | None, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+        """Adds `part` to a slice of a gradient."""
+        old = lax.dynamic_slice_in_dim(gradient, start, part.shape[axis], axis)
+        return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
+
+    def query_tile(d, xs):
+        index, row, own_segments, d_out, out, logsumexp = xs
+        with jax.named_scope("delta"):
+            delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+        def visit(carry, tile):
+            d, d_row = carry
+            view = view_of(plan, inputs, tile, offset, own_segments, key_segments)
+            with jax.named_scope("weights"):
+                weights = jnp.exp(scores_of(plan, row, view, tile) - logsumexp[..., None])
+                d_weights = einsum("bkgud,bkvd->bkguv", d_out, view.value)
+                if view.near_value is not None:
+                    axes = letters(view.near_value)
+                    G = einsum(f"bkguc,{axes}->bkgue", d_out, view.near_value)
+                    d_weights += by_key(plan, G, tile, 0.0)
+                d_scores = weights * (d_weights - delta[..., None])
+                d_products = d_scores * plan.scale
+            with jax.named_scope("keys_and_values"):
+                start, rounded = tile.start + plan.padding, d_products.astype(view.key.dtype)
+                d_key = einsum("bkguv,bkgud->bkvd", rounded, row.query)
+                d_value = einsum("bkguv,bkgud->bkvd", weights.astype(d_out.dtype), d_out)
+                d = d._replace(
+                    key_BxKxSxD=add(d.key_BxKxSxD, d_key, start, 2),
+                    value_BxKxSxD=add(d.value_BxKxSxD, d_value, start, 2),
+                )
+            with jax.named_scope("queries"):
+                d_row = d_row._replace(query=d_row.query + einsum("bkguv,bkvd->bkgud", rounded, view.key))
+                if view.far is not None:
+                    part = einsum("bkguv,vr->bkgur", d_products, view.far)
+                    d_far = (x + part if side == tile.side else x for side, x in enumerate(d_row.far))
+                    d_row = d_row._replace(far=tuple(d_far))
+            with jax.named_scope("tables"):
+                if view.near is not None or view.bias is not None:
+                    G = by_distance(plan, d_scores, tile)
+                if view.near is not None:
+                    axes = letters(view.near)
+                    part = einsum(f"bkgue,{axes}->bkguc", G, view.near) * plan.scale
+                    d_row = d_row._replace(near=d_row.near + part)
+                if d.key_table is not None:
+                    part = einsum(f"bkgue,bkguc->{axes}", G, row.near) * plan.scale
+                    d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
+                if d.value_table is not None:
+                    axes = letters(view.near_value)
+                    part = einsum(f"bkgue,bkguc->{axes}", by_distance(plan, weights, tile), d_out)
+                    d = d._replace(value_table=add(d.value_table, part, table_start(plan, tile, offset), -2))
+                if d.bias_table is not None:
+                    part = jnp.sum(G, axis=(0, 3))
+                    d = d._replace(bias_table=add(d.bias_table, part, table_start(plan, tile, offset), -1))
+            return d, d_row
+
+        d, d_row = _sweep(plan, offset + index * plan.tiles.rows, visit, (d, zeros(row)))
+        return d, d_row
+
+    def zeros(arrays):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)
+
+    # Gradients that many query tiles add to are carried; those of the queries come tile by tile. All in float32, and
+    # rounded to the inputs' dtype once, at the end.
+    tiles = jnp.arange(inputs.query_NxBxKxGxUxD.shape[0])
+    shared = zeros(inputs._replace(query_NxBxKxGxUxD=None, position_NxBxKxGxUxD=None))
+    d, d_rows = lax.scan(query_tile, shared, (tiles, rows, row_segments, out_gradient, out, logsumexp))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.query_NxBxKxGxUxD, inputs.position_NxBxKxGxUxD))
+    d_query, d_position = jax.vjp(functools.partial(rows_of, plan), *wide)[1](d_rows)
+    d = d._replace(query_NxBxKxGxUxD=d_query, position_NxBxKxGxUxD=d_position)
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), d, inputs), None, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)

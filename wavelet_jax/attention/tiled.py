@@ -1,0 +1,212 @@
+"""Attention in tiles with an online softmax: memory linear in length, forward and backward, for every field of `Terms`.
+
+Queries go in tiles of U rows. A tile sees its local band of keys (around its own positions) as one tile, then tiles
+of V keys outwards on both sides, or before it only where causal. Tiles are cut relative to the query tile, so the
+distances in the n-th tile outwards are the same for every query tile, at any position. They come in by two forms:
+
+    near:  G[u, e] = q[u] . P[e] for all distances e of the tile, then a skew (row u shifted by u) to [U, V]. No gather.
+    far:   q_far[u] . basis[v], a few more head dimensions; see `factors`.
+
+A constant table of relative keys (wavelets that are not trained) is near in the local band, far within its support,
+and nothing beyond. Learned tables, relative values and biases are near everywhere: tables over all distances, linear in
+length, made outside of the custom derivative, so that JAX itself takes their gradients on to the parameters.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wavelet_jax.attention import factors
+from wavelet_jax.attention.sweep import attend
+from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, split_heads
+from wavelet_jax.positions.terms import Terms
+
+# No entry of a constant table is wrong by more than this. In float32 scores that is below the rounding of their
+# own sums of D products; bfloat16 rounds queries and keys by 4e-3 of their size, float16 by 5e-4.
+FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
+
+
+# (from this many keys on, tiles with relative keys, tiles without): the last row that applies. Measured on a CPU,
+# float32, 4 heads of 128, forward and backward, 512 to 4,096 tokens: rows or keys of 256 cost wavelets 5 to 10% more
+# (their local band grows with the rows) and RoPE nothing; bands of 64 raise the far rank and cost 5% more.
+TILES = ((0, Tiles(rows=128, band=128, keys=128), Tiles(rows=128, band=0, keys=128)),)
+
+# Factors go from the local band to the furthest distance that matters: the furthest that there is, or at a traced
+# offset, all of the support. Where that is this much past the lengths themselves (queries at position 2^30 over keys at
+# 0, scales of 2^20), they would cost seconds, or gigabytes, for short sequences: the near form serves everywhere.
+FURTHEST_FACTORS = 2**14
+
+# Further than any table: distances that a traced offset may have, tokens.
+_FAR_AWAY = 2**29
+
+
+def attention(
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    value_BxSxKxD: jax.Array,
+    terms: Terms,
+    *,
+    offset: int | jax.Array,
+    causal: bool = True,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
+    far_tolerance: float | None = None,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """Softmax attention as `Terms` writes it, scores and softmax in float32; positions are consecutive on both sides.
+
+    Args:
+      query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H.
+      terms: what the position method adds.
+      offset: position of the first query less that of the first key; an int, or a traced int32 scalar (constant
+        tables whose support is past `FURTHEST_FACTORS` then go by the near form everywhere).
+      causal, window: as in `wavelet_jax.attention.attention`.
+      segment_ids: ([B, T], [B, S]) or None.
+      far_tolerance: no entry of a constant relative_keys is wrong by more than this; None for `FAR_TOLERANCE`.
+      tiles: other sizes than `TILES` names.
+
+    Returns:
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
+    """
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    if tiles is None:
+        tiles = _choose_tiles(num_queries, num_keys, terms)
+    if far_tolerance is None:
+        far_tolerance = FAR_TOLERANCE.get(query_BxTxHxD.dtype.name, FAR_TOLERANCE["float32"])
+    if causal:  # all keys later than all queries are hidden, however much later: keeps int32 sums below from wrapping
+        known = not isinstance(offset, jax.Array)
+        offset = max(offset, -num_queries) if known else jnp.maximum(offset, -num_queries)
+    plan = Plan(
+        tiles=tiles,
+        causal=causal,
+        window=window,
+        offset=None if isinstance(offset, jax.Array) else int(offset),
+        queries=num_queries,
+        keys=num_keys,
+        constants=None,
+        key_everywhere=False,
+        scale=1 / math.sqrt(head_dim),
+    )
+    with jax.named_scope("tables"):
+        constants = _constants(plan, terms, far_tolerance)
+        plan = dataclasses.replace(
+            plan, constants=constants, key_everywhere=terms.relative_keys is not None and constants is None
+        )
+        by_kv_head = functools.partial(split_heads, num_kv_heads=num_kv_heads)
+        distances = _distances(plan, offset)
+        key_table = by_kv_head(terms.relative_keys(distances), 3) if plan.key_everywhere else None
+        value_table = by_kv_head(terms.relative_values(distances), 3) if terms.relative_values is not None else None
+        bias_table = by_kv_head(terms.bias(distances), 2) if terms.bias is not None else None
+
+    content, position = query_BxTxHxD, None
+    if terms.content_bias is not None:
+        content = query_BxTxHxD + terms.content_bias
+    if terms.relative_keys is not None and (terms.content_bias is not None or terms.position_bias is not None):
+        position = query_BxTxHxD if terms.position_bias is None else query_BxTxHxD + terms.position_bias
+    pad = [(0, 0), (0, 0), (plan.padding, plan.padding), (0, 0)]
+    inputs = Inputs(
+        _cut(content, tiles.rows, num_kv_heads),
+        None if position is None else _cut(position, tiles.rows, num_kv_heads),
+        jnp.pad(jnp.moveaxis(key_BxSxKxD, 1, 2), pad),
+        jnp.pad(jnp.moveaxis(value_BxSxKxD, 1, 2), pad),
+        key_table,
+        value_table,
+        bias_table,
+    )
+    if segment_ids is not None:
+        query_segments, key_segments = segment_ids
+        row_padding = -num_queries % tiles.rows
+        query_segments = jnp.pad(query_segments, [(0, 0), (0, row_padding)]).reshape(batch, -1, tiles.rows)
+        segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), (plan.padding,) * 2])
+    out_NxBxKxGxUxD = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
+    out = jnp.moveaxis(out_NxBxKxGxUxD, (0, 4), (1, 2))  # [B, N, U, K, G, D]
+    return out.reshape(batch, -1, num_heads, head_dim)[:, :num_queries]
+
+
+def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
+    relative = terms.relative_keys is not None
+    tiles = [row[1 if relative else 2] for row in TILES if num_keys >= row[0]][-1]
+
+    def shorter(size: int, length: int) -> int:  # no tile is much longer than what it has to hold
+        return min(size, -(-length // 8) * 8)
+
+    return Tiles(shorter(tiles.rows, num_queries), shorter(tiles.band, num_keys), shorter(tiles.keys, num_keys))
+
+
+# -- what comes from the terms ------------------------------------------------------------------------------------
+
+
+def _span(plan: Plan, offset: int) -> tuple[int, int]:
+    """The lowest and the highest distance of a query and a key that it may see."""
+    lowest, highest = offset - (plan.keys - 1), offset + plan.queries - 1
+    if plan.causal:
+        lowest = max(lowest, 0)
+    if plan.window is not None:
+        lowest, highest = max(lowest, 1 - plan.window), min(highest, plan.window - 1)
+    return lowest, max(lowest, highest)
+
+
+def _distances(plan: Plan, offset: int | jax.Array) -> jax.Array:
+    """Distances of the tables over all distances, falling by one, int32 [n].
+
+    Distances that only padding has are replaced by ones that a query and a key do have: no method is asked for more.
+    """
+    first = first_distance(plan, offset)
+    count = plan.queries + 2 * plan.tiles.rows + plan.keys + 2 * plan.padding
+    lowest, highest = offset - (plan.keys - 1), offset + plan.queries - 1
+    if plan.causal:
+        if plan.offset is None:
+            lowest, highest = jnp.maximum(lowest, 0), jnp.maximum(highest, 0)
+        else:  # down to distance 0, and at least one tile
+            lowest, highest = max(lowest, 0), max(highest, 0)
+            count = max(min(count, first + 1), plan.padding + plan.tiles.rows)
+    if plan.offset is not None:  # in int64: those of padding may be past int32 (and wrap, to be clipped, if traced)
+        return jnp.asarray(np.clip(first - np.arange(count), lowest, highest), jnp.int32)
+    return jnp.clip(first - jnp.arange(count, dtype=jnp.int32), lowest, highest)
+
+
+def _constants(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | None:
+    """Factors of a constant `relative_keys`; None where there is none, it is learned, or its reach is not known."""
+    if terms.relative_keys is None or _evaluate(terms, 0, 0) is None:
+        return None
+    margin = plan.tiles.rows + plan.padding  # tiles hold distances that no query and key have
+    lowest, highest = (-_FAR_AWAY, _FAR_AWAY) if plan.offset is None else _span(plan, plan.offset)
+    if terms.support is not None:
+        # The support is stated for the method's own tolerance: see that the table is down to ours at twice as far.
+        reach = 2 * terms.support
+        ends = _evaluate(terms, reach + margin, reach), _evaluate(terms, -reach, -reach - margin)
+        if max(np.max(np.abs(end)) for end in ends) <= tolerance:
+            lowest, highest = int(np.clip(lowest, -reach, reach)), int(np.clip(highest, -reach, reach))
+    if max(highest, -lowest) > plan.queries + plan.keys + FURTHEST_FACTORS:
+        return None
+    table = _evaluate(terms, highest + margin, lowest - margin)
+    return factors.factor(
+        table,
+        highest + margin,
+        span=(lowest, highest),
+        rows=plan.tiles.rows,
+        before=plan.tiles.band,
+        after=None if plan.causal else plan.after,
+        keys=plan.tiles.keys,
+        tolerance=tolerance,
+    )
+
+
+def _evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray | None:
+    """relative_keys of the distances highest, highest - 1, .., lowest as an array; None where it is traced."""
+    with jax.ensure_compile_time_eval():
+        table = terms.relative_keys(jnp.arange(highest, lowest - 1, -1, dtype=jnp.int32))
+    return None if isinstance(table, jax.core.Tracer) else np.asarray(table)
+
+
+def _cut(x_BxTxHxD: jax.Array, rows: int, num_kv_heads: int) -> jax.Array:
+    """Queries in tiles: [N, B, K, G, U, D], the last one padded."""
+    batch, length, heads, dim = x_BxTxHxD.shape
+    count = -(-length // rows)
+    x = jnp.pad(x_BxTxHxD, [(0, 0), (0, count * rows - length), (0, 0), (0, 0)])
+    x = x.reshape(batch, count, rows, num_kv_heads, heads // num_kv_heads, dim)
+    return jnp.moveaxis(x, (1, 2), (0, 4))
