@@ -1,8 +1,11 @@
 """What several test files need: a small corpus made on the spot, and configs of a model of seconds."""
 
 import functools
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: workers of the test run share the cores
 
 import jax
 import numpy as np

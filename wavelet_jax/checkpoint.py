@@ -11,8 +11,9 @@ from wavelet_jax.training import State
 
 def open_manager(workdir: Path, config: ConfigDict, *, read_only: bool = False) -> ocp.CheckpointManager:
     """The run's checkpoints: saved in the background, each whole or not there, the newest `checkpoint.keep` kept."""
-    keep = None if read_only else config.checkpoint.keep
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else config.checkpoint.keep, create=not read_only
+    )
     return ocp.CheckpointManager(_folder(workdir), options=options)
 
 
@@ -20,7 +21,7 @@ def latest_step(workdir: Path) -> int | None:
     """The update of the newest checkpoint, or None. Writes nothing."""
     if not _folder(workdir).is_dir():
         return None
-    with ocp.CheckpointManager(_folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(_folder(workdir), options=ocp.CheckpointManagerOptions(create=False)) as manager:
         return manager.latest_step()
 
 
