@@ -32,7 +32,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and 
 def train(config: ConfigDict, workdir: Path) -> None:
     """One run, from wherever its directory stands to `config.train.steps` updates."""
     mesh = sharding.make_mesh(config)
-    _check_counts(config, mesh)
+    _check_batch(config, mesh)
     runs.check_config(workdir, config)
     corpus = load_corpus(config)
     windows = Windows(corpus.train, config.train.length, config.train.seed)
@@ -118,6 +118,7 @@ def compare(config: ConfigDict, workdir: Path) -> None:
 
 def main() -> None:
     config = CONFIG.value
+    _check_counts(config)
     filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
     if config.compare.methods:
@@ -136,7 +137,7 @@ def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) 
     return float(np.concatenate(losses)[:count].mean(dtype=np.float64))
 
 
-def _check_counts(config: ConfigDict, mesh) -> None:
+def _check_counts(config: ConfigDict) -> None:
     runs.check_least(
         {
             "train.steps": (config.train.steps, 1),
@@ -151,6 +152,9 @@ def _check_counts(config: ConfigDict, mesh) -> None:
             "eval.windows": (config.eval.windows, 1),
         }
     )
+
+
+def _check_batch(config: ConfigDict, mesh) -> None:
     parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
         raise UserError(
