@@ -2,8 +2,8 @@
 
     python train.py --config=configs/smoke.py:wavelet --workdir=DIR
 
-40 updates of a model with 2 layers of width 32 on the Python standard library's sources; the loss falls from 5.6 to
-about 3.5 nats a byte. Variants: any position method.
+40 updates of a model with 2 layers of width 32 on the Python standard library's sources; the loss falls from 6.2 to
+about 3.4 nats a byte. Variants: any position method.
 """
 
 from ml_collections import ConfigDict
