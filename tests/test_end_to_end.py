@@ -87,7 +87,7 @@ def test_comparison_trains_evaluates_and_draws(whole_runs):
     assert (folder / "loss_by_position.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("method", ["wavelet", "rope"])
+@pytest.mark.parametrize("method", ["wavelet", pytest.param("rope", marks=pytest.mark.slow)])
 def test_stop_and_go_on_equals_not_stopping(whole_runs, data_flags, tmp_path, method):
     config = f"--config={ROOT}/configs/smoke.py:{method}"
     flags = [config, f"--workdir={tmp_path}", "--config.log.every=1", *data_flags]
@@ -231,7 +231,7 @@ def test_bad_evaluation_input(whole_runs, data_flags, tmp_path):
             "--protocol=full_lenght",
         ],
         "a stride goes with the sliding_window protocol": [trained, "--lengths=64", "--stride=8"],
-        "stride 100 must be 1 to 64, the shortest length": [
+        "stride 100 must be 1 to the shortest length, 64": [
             trained,
             "--lengths=64,128",
             "--protocol=sliding_window",

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, figures, runs, sharding, training
+from wavelet_jax import checkpoint, runs, sharding, training
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
@@ -218,6 +218,8 @@ def evaluate(
 
 def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
     """Writes extrapolation.csv, extrapolation.png, loss_by_position.png and stamp.json into `out`."""
+    from wavelet_jax import figures  # matplotlib takes a second to import, and bad input should not wait for it
+
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # all of one evaluation, or all of the one before
         partial = Path(folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from wavelet_jax.errors import UserError
 
@@ -90,6 +89,8 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter  # takes two seconds to import, and bad input should not wait for it
+
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         partial = path.with_suffix(".jsonl.partial")
