@@ -8,6 +8,7 @@ from jax import lax
 
 from wavelet_jax.attention.tiles import (
     Inputs,
+    Keys,
     Plan,
     Tile,
     by_distance,
@@ -56,9 +57,13 @@ def _sweep(plan: Plan, position: jax.Array, visit, carry):
     return carry
 
 
+def _transposed(x_BxKxSxD: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x_BxKxSxD, 2, 3)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None) -> jax.Array:
-    """[N, B, K, G, U, D] in the value's dtype; `segments` are those of the query tiles [N, B, U], and [B, S] padded."""
+    """[N, B, K, D, G, U] in the value's dtype; `segments` are those of the query tiles [N, B, U], and [B, S] padded."""
     return _forward(plan, inputs, offset, segments)[0]
 
 
@@ -67,39 +72,42 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
     it sees nothing) and all forms of the queries.
     """
     row_segments, key_segments = segments or (None, None)
+    keys = Keys(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
 
     def query_tile(_, xs):
         index, row, own_segments = xs
 
         def visit(carry, tile):
-            highest, total, out = carry
-            view = view_of(plan, inputs, tile, offset, own_segments, key_segments)
+            highest, total, out = carry  # [B, K, G, U], the same, [B, K, D, G, U]
+            view = view_of(plan, inputs, keys, tile, offset, own_segments, key_segments)
             with jax.named_scope("scores"):
                 scores = scores_of(plan, row, view, tile)
             with jax.named_scope("softmax"):
-                raised = jnp.maximum(highest, jnp.max(scores, axis=-1))
+                raised = jnp.maximum(highest, jnp.max(scores, axis=2))
                 # A row that has seen nothing has a maximum of -inf; 0 in its place keeps NaN out.
                 finite = jnp.where(jnp.isfinite(raised), raised, 0)
-                weights = jnp.exp(scores - finite[..., None])
-                kept = jnp.exp(highest - finite)
-                total = total * kept + jnp.sum(weights, axis=-1)
+                weights = jnp.exp((scores - finite[:, :, None]) * plan.scale)
+                kept = jnp.exp((highest - finite) * plan.scale)
+                total = total * kept + jnp.sum(weights, axis=2)
             with jax.named_scope("values"):
-                out = out * kept[..., None]
-                out += einsum("bkguv,bkvd->bkgud", weights.astype(view.value.dtype), view.value)
+                out = out * kept[:, :, None]
+                value = view.keys.value_transposed
+                out += einsum("bkdv,bkvgu->bkdgu", value, weights.astype(value.dtype))
                 if view.near_value is not None:
                     G = by_distance(plan, weights, tile)
-                    out += einsum(f"bkgue,{letters(view.near_value)}->bkguc", G, view.near_value)
+                    out += einsum(f"bkgue,{letters(view.near_value)}->bkcgu", G, view.near_value)
             return raised, total, out
 
-        shape = row.query.shape
-        start = jnp.full(shape[:-1], -jnp.inf), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+        batch, kv_heads, _, *group_rows = row.query.shape
+        none = jnp.zeros((batch, kv_heads, *group_rows))
+        start = none - jnp.inf, none, jnp.zeros(row.query.shape)
         highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, start)
-        out /= jnp.where(total > 0, total, 1)[..., None]
-        logsumexp = jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+        out /= jnp.where(total > 0, total, 1)[:, :, None]
+        logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)
         return None, (out.astype(inputs.value_BxKxSxD.dtype), logsumexp)
 
-    rows = rows_of(plan, inputs.query_NxBxKxGxUxD, inputs.position_NxBxKxGxUxD)
-    tiles = jnp.arange(inputs.query_NxBxKxGxUxD.shape[0])
+    rows = rows_of(plan, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU)
+    tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
     out, logsumexp = lax.scan(query_tile, None, (tiles, rows, row_segments))[1]
     return out, (out, logsumexp, rows)
 
@@ -113,6 +121,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     """Gradients of all inputs in one sweep, from scores computed again (Dao et al., arXiv 2205.14135, Alg. 4)."""
     inputs, offset, segments, out, logsumexp, rows = residuals
     row_segments, key_segments = segments or (None, None)
+    keys = Keys(inputs.key_BxKxSxD, _transposed(inputs.key_BxKxSxD), inputs.value_BxKxSxD, None)
 
     def add(gradient: jax.Array | None, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
         """Adds `part` to a slice of a gradient."""
@@ -122,32 +131,34 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     def query_tile(d, xs):
         index, row, own_segments, d_out, out, logsumexp = xs
         with jax.named_scope("delta"):
-            delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+            delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
+        query_by_row, d_out_by_row = (jnp.moveaxis(x, 2, -1) for x in (row.query, d_out))  # [B, K, G, U, D]
 
         def visit(carry, tile):
             d, d_row = carry
-            view = view_of(plan, inputs, tile, offset, own_segments, key_segments)
+            view = view_of(plan, inputs, keys, tile, offset, own_segments, key_segments)
             with jax.named_scope("weights"):
-                weights = jnp.exp(scores_of(plan, row, view, tile) - logsumexp[..., None])
-                d_weights = einsum("bkgud,bkvd->bkguv", d_out, view.value)
+                weights = jnp.exp(scores_of(plan, row, view, tile) * plan.scale - logsumexp[:, :, None])
+                d_weights = einsum("bkvd,bkdgu->bkvgu", view.keys.value, d_out)
                 if view.near_value is not None:
                     axes = letters(view.near_value)
-                    G = einsum(f"bkguc,{axes}->bkgue", d_out, view.near_value)
+                    G = einsum(f"bkcgu,{axes}->bkgue", d_out, view.near_value)
                     d_weights += by_key(plan, G, tile, 0.0)
-                d_scores = weights * (d_weights - delta[..., None])
-                d_products = d_scores * plan.scale
+                d_scores = weights * (d_weights - delta[:, :, None]) * plan.scale
+                rounded = d_scores.astype(view.keys.key.dtype)
             with jax.named_scope("keys_and_values"):
-                start, rounded = tile.start + plan.padding, d_products.astype(view.key.dtype)
-                d_key = einsum("bkguv,bkgud->bkvd", rounded, row.query)
-                d_value = einsum("bkguv,bkgud->bkvd", weights.astype(d_out.dtype), d_out)
+                start = tile.start + plan.padding
+                d_key = einsum("bkvgu,bkgud->bkvd", rounded, query_by_row)
+                d_value = einsum("bkvgu,bkgud->bkvd", weights.astype(d_out.dtype), d_out_by_row)
                 d = d._replace(
                     key_BxKxSxD=add(d.key_BxKxSxD, d_key, start, 2),
                     value_BxKxSxD=add(d.value_BxKxSxD, d_value, start, 2),
                 )
             with jax.named_scope("queries"):
-                d_row = d_row._replace(query=d_row.query + einsum("bkguv,bkvd->bkgud", rounded, view.key))
+                part = einsum("bkdv,bkvgu->bkdgu", view.keys.key_transposed, rounded)
+                d_row = d_row._replace(query=d_row.query + part)
                 if view.far is not None:
-                    part = einsum("bkguv,vr->bkgur", d_products, view.far)
+                    part = einsum("vr,bkvgu->bkrgu", view.far, d_scores)
                     d_far = (x + part if side == tile.side else x for side, x in enumerate(d_row.far))
                     d_row = d_row._replace(far=tuple(d_far))
             with jax.named_scope("tables"):
@@ -155,14 +166,13 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
                     G = by_distance(plan, d_scores, tile)
                 if view.near is not None:
                     axes = letters(view.near)
-                    part = einsum(f"bkgue,{axes}->bkguc", G, view.near) * plan.scale
-                    d_row = d_row._replace(near=d_row.near + part)
+                    d_row = d_row._replace(near=d_row.near + einsum(f"bkgue,{axes}->bkcgu", G, view.near))
                 if d.key_table is not None:
-                    part = einsum(f"bkgue,bkguc->{axes}", G, row.near) * plan.scale
+                    part = einsum(f"bkgue,bkcgu->{axes}", G, row.near)
                     d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
                 if d.value_table is not None:
                     axes = letters(view.near_value)
-                    part = einsum(f"bkgue,bkguc->{axes}", by_distance(plan, weights, tile), d_out)
+                    part = einsum(f"bkgue,bkcgu->{axes}", by_distance(plan, weights, tile), d_out)
                     d = d._replace(value_table=add(d.value_table, part, table_start(plan, tile, offset), -2))
                 if d.bias_table is not None:
                     part = jnp.sum(G, axis=(0, 3))
@@ -177,12 +187,12 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
 
     # Gradients that many query tiles add to are carried; those of the queries come tile by tile. All in float32, and
     # rounded to the inputs' dtype once, at the end.
-    tiles = jnp.arange(inputs.query_NxBxKxGxUxD.shape[0])
-    shared = zeros(inputs._replace(query_NxBxKxGxUxD=None, position_NxBxKxGxUxD=None))
+    tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
+    shared = zeros(inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None))
     d, d_rows = lax.scan(query_tile, shared, (tiles, rows, row_segments, out_gradient, out, logsumexp))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.query_NxBxKxGxUxD, inputs.position_NxBxKxGxUxD))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU))
     d_query, d_position = jax.vjp(functools.partial(rows_of, plan), *wide)[1](d_rows)
-    d = d._replace(query_NxBxKxGxUxD=d_query, position_NxBxKxGxUxD=d_position)
+    d = d._replace(query_NxBxKxDxGxU=d_query, position_NxBxKxDxGxU=d_position)
     return jax.tree.map(lambda d, x: d.astype(x.dtype), d, inputs), None, None
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +101,7 @@ def attention(
         distances = _distances(plan, offset)
         key_table = by_kv_head(terms.relative_keys(distances), 3) if plan.key_everywhere else None
         value_table = by_kv_head(terms.relative_values(distances), 3) if terms.relative_values is not None else None
-        bias_table = by_kv_head(terms.bias(distances), 2) if terms.bias is not None else None
+        bias_table = by_kv_head(terms.bias(distances), 2) / plan.scale if terms.bias is not None else None
 
     content, position = query_BxTxHxD, None
     if terms.content_bias is not None:
@@ -122,9 +123,9 @@ def attention(
         row_padding = -num_queries % tiles.rows
         query_segments = jnp.pad(query_segments, [(0, 0), (0, row_padding)]).reshape(batch, -1, tiles.rows)
         segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), (plan.padding,) * 2])
-    out_NxBxKxGxUxD = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
-    out = jnp.moveaxis(out_NxBxKxGxUxD, (0, 4), (1, 2))  # [B, N, U, K, G, D]
-    return out.reshape(batch, -1, num_heads, head_dim)[:, :num_queries]
+    out_NxBxKxDxGxU = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
+    out = einops.rearrange(out_NxBxKxDxGxU, "n b k d g u -> b (n u) (k g) d")
+    return out[:, :num_queries]
 
 
 def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
@@ -204,9 +205,6 @@ def _evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray | None:
 
 
 def _cut(x_BxTxHxD: jax.Array, rows: int, num_kv_heads: int) -> jax.Array:
-    """Queries in tiles: [N, B, K, G, U, D], the last one padded."""
-    batch, length, heads, dim = x_BxTxHxD.shape
-    count = -(-length // rows)
-    x = jnp.pad(x_BxTxHxD, [(0, 0), (0, count * rows - length), (0, 0), (0, 0)])
-    x = x.reshape(batch, count, rows, num_kv_heads, heads // num_kv_heads, dim)
-    return jnp.moveaxis(x, (1, 2), (0, 4))
+    """Queries in tiles: [N, B, K, D, G, U], the last one padded."""
+    x = jnp.pad(x_BxTxHxD, [(0, 0), (0, -x_BxTxHxD.shape[1] % rows), (0, 0), (0, 0)])
+    return einops.rearrange(x, "b (n u) (k g) d -> n b k d g u", u=rows, k=num_kv_heads)

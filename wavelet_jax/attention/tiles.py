@@ -2,6 +2,10 @@
 
 In names: N query tiles of U rows, B batch, H = K key heads x G, D head_dim, V keys of a tile, e distances of a tile,
 C columns of a near table, R columns of a far basis.
+
+Scores stand as [V, G, U], keys before rows, and every array of a row as [D, G, U]: then each product of the sweep,
+forward and backward, has its operands in the order of memory that a matrix product wants, with keys and values
+transposed once for all tiles and no scores ever. They are not scaled: the exponential is, which saves a pass.
 """
 
 import dataclasses
@@ -31,21 +35,21 @@ class Tiles:
 class Inputs(NamedTuple):
     """What the custom derivative sees; a field that the terms do not need is None. N query tiles, H = K heads x G."""
 
-    query_NxBxKxGxUxD: jax.Array  # with the content bias
-    position_NxBxKxGxUxD: jax.Array | None  # with the position bias; None: the same queries
+    query_NxBxKxDxGxU: jax.Array  # with the content bias
+    position_NxBxKxDxGxU: jax.Array | None  # with the position bias; None: the same queries
     key_BxKxSxD: jax.Array  # padded on both sides, as is the value
     value_BxKxSxD: jax.Array
     key_table: jax.Array | None  # [n, C] or [K, G, n, C], distances falling; None with constants
     value_table: jax.Array | None  # [n, D] or [K, G, n, D]
-    bias_table: jax.Array | None  # [K, G, n]
+    bias_table: jax.Array | None  # [K, G, n], divided by the scale of the scores
 
 
 class Rows(NamedTuple):
     """Queries in every form that scores are made of."""
 
-    query: jax.Array  # [.., U, D]
-    near: jax.Array | None  # [.., U, C], for the products with near tables
-    far: tuple[jax.Array | None, jax.Array | None]  # [.., U, R], for the far bases before and after
+    query: jax.Array  # [.., D, G, U]
+    near: jax.Array | None  # [.., C, G, U], for the products with near tables
+    far: tuple[jax.Array | None, jax.Array | None]  # [.., R, G, U], for the far bases before and after
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,22 +105,22 @@ def split_heads(array: jax.Array | np.ndarray, with_heads: int, num_kv_heads: in
     return jnp.reshape(array, (num_kv_heads, array.shape[0] // num_kv_heads, *array.shape[1:]))
 
 
-def rows_of(plan: Plan, query_NxBxKxGxUxD: jax.Array, position_NxBxKxGxUxD: jax.Array | None) -> Rows:
+def rows_of(plan: Plan, query_NxBxKxDxGxU: jax.Array, position_NxBxKxDxGxU: jax.Array | None) -> Rows:
     """All forms of the queries; those in the coordinates of constant factors are float32, also of bfloat16 queries."""
-    position = query_NxBxKxGxUxD if position_NxBxKxGxUxD is None else position_NxBxKxGxUxD
+    position = query_NxBxKxDxGxU if position_NxBxKxDxGxU is None else position_NxBxKxDxGxU
     if plan.constants is None:
-        return Rows(query_NxBxKxGxUxD, position if plan.key_everywhere else None, (None, None))
+        return Rows(query_NxBxKxDxGxU, position if plan.key_everywhere else None, (None, None))
 
     def project(matrix: np.ndarray) -> jax.Array:
         heads = "kg" if matrix.ndim == 3 else ""
-        return einsum(f"nbkgud,{heads}dc->nbkguc", position, split_heads(matrix, 3, position.shape[2]))
+        return einsum(f"nbkdgu,{heads}dc->nbkcgu", position, split_heads(matrix, 3, position.shape[2]))
 
     near = position if plan.constants.near.project is None else project(plan.constants.near.project)
     before, after = (
-        None if far is None else einsum("nbkguc,urc->nbkgur", project(far.project), far.rows)
+        None if far is None else einsum("nbkcgu,urc->nbkrgu", project(far.project), far.rows)
         for far in plan.constants.far
     )
-    return Rows(query_NxBxKxGxUxD, near, (before, after))
+    return Rows(query_NxBxKxDxGxU, near, (before, after))
 
 
 # -- one tile -----------------------------------------------------------------------------------------------------
@@ -140,16 +144,24 @@ def _unskew(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [*none, (0, rows)]).reshape(*lead, rows, rows + width)
 
 
+class Keys(NamedTuple):
+    """Keys and values as a sweep reads them, padded; the transposed ones, [B, K, D, S], where it needs them."""
+
+    key: jax.Array  # [B, K, S, D]
+    key_transposed: jax.Array | None
+    value: jax.Array | None  # [B, K, S, D]
+    value_transposed: jax.Array | None
+
+
 class View(NamedTuple):
     """What one tile of keys is to one tile of queries: slices of the inputs; None where the terms have no such part."""
 
-    key: jax.Array  # [B, K, V, D]
-    value: jax.Array  # [B, K, V, D]
+    keys: Keys  # V of the S
     near: jax.Array | None  # [n, C] or [K, G, n, C], distances of the tile falling by one
     far: jax.Array | None  # [V, R]
     near_value: jax.Array | None  # [n, D] or [K, G, n, D]
     bias: jax.Array | None  # [K, G, n]
-    visible: jax.Array | None  # broadcastable to [B, K, G, U, V]; None: all are
+    visible: jax.Array | None  # broadcastable to [B, K, V, G, U]; None: all are
 
 
 def _distances_in(plan: Plan, tile: Tile) -> int:
@@ -157,9 +169,10 @@ def _distances_in(plan: Plan, tile: Tile) -> int:
     return tile.width + (0 if plan.causal and tile.side is None else plan.tiles.rows)
 
 
-def view_of(plan: Plan, inputs: Inputs, tile: Tile, offset: jax.Array, row_segments, key_segments) -> View:
-    def keys(array: jax.Array, axis: int) -> jax.Array:
-        return lax.dynamic_slice_in_dim(array, tile.start + plan.padding, tile.width, axis)
+def view_of(plan: Plan, inputs: Inputs, keys: Keys, tile: Tile, offset: jax.Array, row_segments, key_segments) -> View:
+    def slices(array: jax.Array | None, axis: int) -> jax.Array | None:
+        start = tile.start + plan.padding
+        return None if array is None else lax.dynamic_slice_in_dim(array, start, tile.width, axis)
 
     def rows(table: jax.Array | None, axis: int = -2) -> jax.Array | None:
         start = table_start(plan, tile, offset)
@@ -170,18 +183,17 @@ def view_of(plan: Plan, inputs: Inputs, tile: Tile, offset: jax.Array, row_segme
         if tile.side is not None and (side := plan.constants.far[tile.side]) is not None:
             far = lax.dynamic_index_in_dim(jnp.asarray(side.basis), tile.order, keepdims=False)
         else:
-            table = split_heads(plan.constants.near.rows, 3, inputs.query_NxBxKxGxUxD.shape[2])
+            table = split_heads(plan.constants.near.rows, 3, inputs.query_NxBxKxDxGxU.shape[2])
             start = plan.constants.near.first - (tile.first + plan.tiles.rows - 1)
             near = lax.dynamic_slice_in_dim(table, start, _distances_in(plan, tile), -2)
     has_near = near is not None or inputs.bias_table is not None
     return View(
-        key=keys(inputs.key_BxKxSxD, 2),
-        value=keys(inputs.value_BxKxSxD, 2),
+        keys=Keys(*(slices(x, axis) for x, axis in zip(keys, (2, 3, 2, 3), strict=True))),
         near=near,
         far=far,
         near_value=rows(inputs.value_table),
         bias=rows(inputs.bias_table, -1),
-        visible=_visible(plan, tile, row_segments, None if key_segments is None else keys(key_segments, 1), has_near),
+        visible=_visible(plan, tile, row_segments, slices(key_segments, 1), has_near),
     )
 
 
@@ -192,7 +204,7 @@ def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array:
 
 def _visible(plan: Plan, tile: Tile, row_segments, key_segments, has_near: bool) -> jax.Array | None:
     """What is hidden in a tile beyond what `_position_scores` hides; None where that is nothing."""
-    row, key = jnp.arange(plan.tiles.rows)[:, None], jnp.arange(tile.width)
+    key, row = jnp.arange(tile.width)[:, None, None], jnp.arange(plan.tiles.rows)  # [V, 1, 1] and [U]
     distance = tile.first + row - key
     conditions = []
     if tile.side is None and plan.causal and not has_near:
@@ -202,7 +214,7 @@ def _visible(plan: Plan, tile: Tile, row_segments, key_segments, has_near: bool)
     if not _all_keys_exist(plan, tile):
         conditions.append((tile.start + key >= 0) & (tile.start + key < plan.keys))
     if key_segments is not None:
-        conditions.append((row_segments[:, :, None] == key_segments[:, None, :])[:, None, None])
+        conditions.append((row_segments[:, None, :] == key_segments[:, :, None])[:, None, :, None])
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
@@ -217,10 +229,10 @@ def _all_keys_exist(plan: Plan, tile: Tile) -> bool:
 
 
 def _position_scores(plan: Plan, near_queries: jax.Array | None, view: View, tile: Tile) -> jax.Array | None:
-    """The near form of relative keys, and the bias: [B, K, G, U, V]; -inf after the query in a causal local band."""
+    """The near form of relative keys, and the bias: [B, K, V, G, U]; -inf after the query in a causal local band."""
     G = None
     if view.near is not None:
-        G = einsum(f"bkguc,{letters(view.near)}->bkgue", near_queries, view.near) * plan.scale
+        G = einsum(f"bkcgu,{letters(view.near)}->bkgue", near_queries, view.near)
     if view.bias is not None:
         bias = view.bias[None, :, :, None, :].astype(jnp.float32)
         G = bias if G is None else G + bias
@@ -228,16 +240,16 @@ def _position_scores(plan: Plan, near_queries: jax.Array | None, view: View, til
 
 
 def by_key(plan: Plan, G: jax.Array, tile: Tile, after: float) -> jax.Array:
-    """[.., U or 1, n] by distance -> [.., U, V] by key; `after` for keys after the query in a causal local band."""
+    """[.., G, U or 1, n] by distance -> [.., V, G, U] by key; `after` for keys after the query in a causal local band."""
     *lead, _, available = G.shape
     missing = tile.width + plan.tiles.rows - available
     padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, missing)], constant_values=after)
-    return _skew(jnp.broadcast_to(padded, (*lead, plan.tiles.rows, padded.shape[-1])), tile.width)
+    return jnp.moveaxis(_skew(jnp.broadcast_to(padded, (*lead, plan.tiles.rows, padded.shape[-1])), tile.width), -1, -3)
 
 
 def by_distance(plan: Plan, x: jax.Array, tile: Tile) -> jax.Array:
-    """[.., U, V] by key -> [.., U, n] by distance: the transpose of `by_key`."""
-    return _unskew(x)[..., : _distances_in(plan, tile)]
+    """[.., V, G, U] by key -> [.., G, U, n] by distance: the transpose of `by_key`."""
+    return _unskew(jnp.moveaxis(x, -3, -1))[..., : _distances_in(plan, tile)]
 
 
 def letters(table: jax.Array) -> str:
@@ -245,11 +257,10 @@ def letters(table: jax.Array) -> str:
 
 
 def scores_of(plan: Plan, row: Rows, view: View, tile: Tile) -> jax.Array:
-    """Scores [B, K, G, U, V] in float32, -inf where hidden."""
-    scores = einsum("bkgud,bkvd->bkguv", row.query, view.key)
+    """Scores [B, K, V, G, U] in float32, not scaled, -inf where hidden."""
+    scores = einsum("bkvd,bkdgu->bkvgu", view.keys.key, row.query)
     if view.far is not None:
-        scores += einsum("bkgur,vr->bkguv", row.far[tile.side], view.far)
-    scores *= plan.scale
+        scores += einsum("vr,bkrgu->bkvgu", view.far, row.far[tile.side])
     position = _position_scores(plan, row.near, view, tile)
     if position is not None:
         scores += position
