@@ -77,7 +77,7 @@ FAR_TOLERANCE = 1e-6
 def _small_tiles():
     """So that ten tokens have tiles of all kinds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "TILES", ((0, Tiles(rows=4, band=2, keys=3), Tiles(rows=4, band=0, keys=3)),))
+        patch.setattr(tiled, "TILES", {kind: ((0, Tiles(rows=4, block=2, band=2, keys=3)),) for kind in tiled.TILES})
         yield
 
 

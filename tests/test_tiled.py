@@ -17,12 +17,12 @@ from wavelet_jax.attention.tiles import Tiles
 from wavelet_jax.errors import UserError
 
 slow = pytest.mark.slow
-SMALL = Tiles(rows=16, band=8, keys=32)  # so that short sequences have tiles of all kinds
+SMALL = Tiles(rows=16, block=8, band=8, keys=32)  # so that short sequences have tiles of all kinds
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILES", ((0, SMALL, SMALL),))
+    monkeypatch.setattr(tiled, "TILES", {kind: ((0, SMALL),) for kind in tiled.TILES})
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -151,9 +151,9 @@ def test_other_grids(grid, causal, trainable, small_tiles):
 @hypothesis.given(data=st.data())
 def test_random_shapes(data, small_tiles, monkeypatch):
     draw = data.draw
-    rows, band, keys = (draw(st.integers(low, 24)) for low in (1, 0, 1))
-    chosen = Tiles(rows, band, keys)
-    monkeypatch.setattr(tiled, "TILES", ((0, chosen, chosen),))
+    block, band, keys = (draw(st.integers(low, 24)) for low in (1, 0, 1))
+    chosen = Tiles(block * draw(st.integers(1, 3)), block, band, keys)
+    monkeypatch.setattr(tiled, "TILES", {kind: ((0, chosen),) for kind in tiled.TILES})
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     T, S = draw(st.integers(1, 60)), draw(st.integers(1, 60))
     name = draw(st.sampled_from(["wavelet", "wavelet trained", "t5", "shaw", "transformer_xl", "rope"]))

@@ -58,13 +58,14 @@ class Factors:
     """What a constant table comes to for one plan of tiles.
 
     Attributes:
-      near: the local band; with `far` None on a side, also that side's tiles.
-      far: for keys (before, after) the local band.
-      tiles: key tiles (before, after) the band that the term reaches; it is below the tolerance beyond.
+      near: the local band of a block of rows; where `far` has None, also what that would be for.
+      far: for the key tiles (before, after) the local tile, and for keys of the local tile (before, after) the band of
+        a block, where a tile has several.
+      tiles: key tiles (before, after) the local tile that the term reaches; it is below the tolerance beyond.
     """
 
     near: Near
-    far: tuple[Far | None, Far | None]
+    far: tuple[Far | None, Far | None, Far | None, Far | None]
     tiles: tuple[int, int]
 
 
@@ -74,12 +75,13 @@ def factor(
     *,
     span: tuple[int, int],
     rows: int,
+    block: int,
     before: int,
     after: int | None,
     keys: int,
     tolerance: float,
 ) -> Factors:
-    """Factors of a table for queries in tiles of `rows`.
+    """Factors of a table for queries in tiles of `rows`, with local bands for `block` of them at a time.
 
     Args:
       table: [n, D] or [H, n, D]: P at the distances first, first - 1, .., first - n + 1.
@@ -87,12 +89,13 @@ def factor(
       span: the lowest and the highest distance that matters. The table should reach U + V past both, so that what it
         is smooth in goes on; where it ends, its outermost entry is repeated.
       rows: U, queries a tile.
-      before, after: keys of the local band before a tile's first row and after its last; after None: causal.
-      keys: V, keys a tile away from the band.
+      block: rows that a local band is for; they divide U.
+      before, after: keys of a local band before its block's first row and after its last; after None: causal.
+      keys: V, keys a tile away from the bands.
       tolerance: no entry of P is wrong by more than this.
     """
     digest = hashlib.sha256(np.ascontiguousarray(table)).digest()
-    return _factor(_Hashed(table, digest), first, span, rows, before, after, keys, tolerance)
+    return _factor(_Hashed(table, digest), first, span, rows, block, before, after, keys, tolerance)
 
 
 class _Hashed:
@@ -114,6 +117,7 @@ def _factor(
     first: int,
     span: tuple[int, int],
     rows: int,
+    block: int,
     before: int,
     after: int | None,
     keys: int,
@@ -130,7 +134,7 @@ def _factor(
         """[.., D] of the distances highest, highest - 1, .., lowest."""
         return flat[np.clip(first - np.arange(highest, lowest - 1, -1), 0, len(flat) - 1)]
 
-    # Tiles that hold a pair of query and key within the support, before and after the band.
+    # Tiles that hold a pair of query and key within the support, before and after the local tile.
     tiles_before = max(0, -(-(furthest - before) // keys))
     tiles_after = 0 if after is None else max(0, -(-(-nearest - after) // keys))
     tiles = (tiles_before, tiles_after)
@@ -139,30 +143,43 @@ def _factor(
         """[D, c] or [H, D, c] of [D or H * D, c]."""
         return columns.reshape(*((table.shape[0], table.shape[2]) if per_head else table.shape[1:]), -1)
 
-    far: list[Far | None] = []
-    for side, count in enumerate(tiles):
+    def separated(side: int, own_rows: int, count: int, keys: int) -> Far | None:
         outwards = np.arange(count * keys)
-        distances = before + 1 + outwards if side == 0 else -(rows + (after or 0)) - outwards
-        separated = _separate(entries, distances, rows, tolerance) if count else None
-        if separated is None:
-            far.append(None)
-            continue
-        basis, coefficients, project = separated
+        distances = before + 1 + outwards if side == 0 else -(own_rows + (after or 0)) - outwards
+        found = _separate(entries, distances, own_rows, tolerance) if count * keys else None
+        if found is None:
+            return None
+        basis, coefficients, project = found
         basis = basis.reshape(count, keys, -1)
         if side == 0:
             basis = basis[:, ::-1]  # key positions rise within a tile, and their distances fall
-        far.append(Far(_single(basis), _single(coefficients), _single(unflatten(project))))
+        return Far(_single(basis), _single(coefficients), _single(unflatten(project)))
 
-    # The near zone: the local band, and the whole support of a side that did not separate.
-    highest = before + rows - 1 + (tiles[0] * keys if far[0] is None else 0)
-    lowest = 0 if after is None else -(rows - 1 + after + (tiles[1] * keys if far[1] is None else 0)) - 1
-    zone = entries(highest, lowest)
+    in_tile = rows - block  # keys of the local tile before, or after, the band of its last, or first, block
+    far = (
+        separated(0, rows, tiles[0], keys),
+        separated(1, rows, tiles[1], keys),
+        separated(0, block, 1, in_tile),
+        None if after is None else separated(1, block, 1, in_tile),
+    )
+
+    # The near zone: the local band, and whatever did not separate.
+    zone_before = before + block - 1
+    zone_after = (after or 0) + block - 1
+    for side, reach in (0, before), (1, after or 0):
+        whole = reach + rows - 1 + tiles[side] * keys if far[side] is None and tiles[side] else 0
+        local = reach + rows - 1 if far[2 + side] is None else 0
+        if side == 0:
+            zone_before = max(zone_before, whole, local)
+        else:
+            zone_after = max(zone_after, whole, local)
+    zone = entries(zone_before, 0 if after is None else -zone_after - 1)
     inner, project = _truncate(zone, tolerance)
     if inner.shape[1] < table.shape[-1]:
-        near = Near(highest, _single(inner), _single(unflatten(project)))
+        near = Near(zone_before, _single(inner), _single(unflatten(project)))
     else:
-        near = Near(highest, _single(np.moveaxis(unflatten(zone.T), -1, -2)), None)
-    return Factors(near, (far[0], far[1]), tiles)
+        near = Near(zone_before, _single(np.moveaxis(unflatten(zone.T), -1, -2)), None)
+    return Factors(near, far, tiles)
 
 
 def _separate(entries, distances: np.ndarray, rows: int, tolerance: float) -> tuple[np.ndarray, ...] | None:

@@ -22,39 +22,56 @@ from wavelet_jax.attention.tiles import (
 )
 
 
-def _sweep(plan: Plan, position: jax.Array, visit, carry):
-    """Carries `visit(carry, tile)` through the tiles of keys that the query tile at `position` may see.
+def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
+    """Goes through the tiles of keys that the query tile at `position` may see: shared, carry = visit(shared, own,
+    carry, tile) for each.
 
-    `position` is the index of the key at the position of the tile's first row. The local band comes first: it holds
-    the row's own key, so that an online softmax begins with a finite maximum wherever there is one.
+    `position` is the index of the key at the position of the tile's first row. `own` is read and `carry` written row by
+    row: they are pytrees of arrays [.., U]. The local tile comes first, a block of rows at a time: it holds the row's
+    own key, so that an online softmax begins with a finite maximum wherever there is one.
     """
-    rows, band, keys = plan.tiles.rows, plan.tiles.band, plan.tiles.keys
-    carry = visit(carry, Tile(position - band, plan.band, band, None, 0, plan.constants is not None))
+    rows, block, band, keys = plan.tiles.rows, plan.tiles.block, plan.tiles.band, plan.tiles.keys
+    blocks = []
+    for row in range(0, rows, block):
+
+        def of_block(x, row=row):
+            return lax.slice_in_dim(x, row, row + block, axis=-1)
+
+        width = band + (row + block if plan.causal else rows + plan.after)
+        tile = Tile(position - band, width, band + row, row, block, None, 0, plan.constants is not None)
+        shared, part = visit(shared, jax.tree.map(of_block, own), jax.tree.map(of_block, carry), tile)
+        blocks.append(part)
+    carry = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *blocks)
+
     for side in (0,) if plan.causal else (0, 1):
         if side == 0:
-            # Tile n holds the `keys` keys that end where the local band, or tile n - 1, begins.
+            # Tile n holds the `keys` keys that end where the local tile, or tile n - 1, begins.
             inner, reach = position - band, band
 
             def tile(order, relative):
                 outwards = band + (order + 1) * keys
-                return Tile(position - outwards, keys, outwards, 0, order, relative)
+                return Tile(position - outwards, keys, outwards, 0, rows, 0, order, relative)
         else:
             inner, reach = plan.keys - (position + rows + plan.after), plan.after
 
             def tile(order, relative):
                 outwards = rows + plan.after + order * keys
-                return Tile(position + outwards, keys, -outwards, 1, order, relative)
+                return Tile(position + outwards, keys, -outwards, 0, rows, 1, order, relative)
 
-        # `inner` keys lie on this side of the band (more than there are, where the band lies past the other end).
+        def visit_nth(relative, order, state, tile=tile):
+            return visit(state[0], own, state[1], tile(order, relative))
+
+        # `inner` keys lie on this side of the local tile (more than there are, where it lies past the other end).
         first, last = jnp.maximum((inner - plan.keys) // keys, 0), -(-inner // keys)
         if plan.window is not None:
             last = jnp.minimum(last, max(0, -(-(plan.window - 1 - reach) // keys)))
         reached = 0 if plan.constants is None else plan.constants.tiles[side]
         middle = jnp.clip(reached, first, jnp.maximum(last, first))
+        state = shared, carry
         if reached:
-            carry = lax.fori_loop(first, middle, lambda n, c, tile=tile: visit(c, tile(n, True)), carry)
-        carry = lax.fori_loop(middle, last, lambda n, c, tile=tile: visit(c, tile(n, False)), carry)
-    return carry
+            state = lax.fori_loop(first, middle, functools.partial(visit_nth, True), state)
+        shared, carry = lax.fori_loop(middle, last, functools.partial(visit_nth, False), state)
+    return shared, carry
 
 
 def _transposed(x_BxKxSxD: jax.Array) -> jax.Array:
@@ -75,9 +92,11 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
     keys = Keys(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
 
     def query_tile(_, xs):
-        index, row, own_segments = xs
+        index, *own = xs
+        row = own[0]
 
-        def visit(carry, tile):
+        def visit(_, own, carry, tile):
+            row, own_segments = own
             highest, total, out = carry  # [B, K, G, U], the same, [B, K, D, G, U]
             view = view_of(plan, inputs, keys, tile, offset, own_segments, key_segments)
             with jax.named_scope("scores"):
@@ -96,12 +115,12 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
                 if view.near_value is not None:
                     G = by_distance(plan, weights, tile)
                     out += einsum(f"bkgue,{letters(view.near_value)}->bkcgu", G, view.near_value)
-            return raised, total, out
+            return None, (raised, total, out)
 
         batch, kv_heads, _, *group_rows = row.query.shape
         none = jnp.zeros((batch, kv_heads, *group_rows))
         start = none - jnp.inf, none, jnp.zeros(row.query.shape)
-        highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, start)
+        highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, None, own, start)[1]
         out /= jnp.where(total > 0, total, 1)[:, :, None]
         logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)
         return None, (out.astype(inputs.value_BxKxSxD.dtype), logsumexp)
@@ -132,10 +151,10 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
         index, row, own_segments, d_out, out, logsumexp = xs
         with jax.named_scope("delta"):
             delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
-        query_by_row, d_out_by_row = (jnp.moveaxis(x, 2, -1) for x in (row.query, d_out))  # [B, K, G, U, D]
 
-        def visit(carry, tile):
-            d, d_row = carry
+        def visit(d, own, d_row, tile):
+            row, own_segments, d_out, delta, logsumexp = own
+            query_by_row, d_out_by_row = (jnp.moveaxis(x, 2, -1) for x in (row.query, d_out))  # [B, K, G, U, D]
             view = view_of(plan, inputs, keys, tile, offset, own_segments, key_segments)
             with jax.named_scope("weights"):
                 weights = jnp.exp(scores_of(plan, row, view, tile) * plan.scale - logsumexp[:, :, None])
@@ -143,7 +162,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
                 if view.near_value is not None:
                     axes = letters(view.near_value)
                     G = einsum(f"bkcgu,{axes}->bkgue", d_out, view.near_value)
-                    d_weights += by_key(plan, G, tile, 0.0)
+                    d_weights += by_key(G, tile, tile.width, 0.0)
                 d_scores = weights * (d_weights - delta[:, :, None]) * plan.scale
                 rounded = d_scores.astype(view.keys.key.dtype)
             with jax.named_scope("keys_and_values"):
@@ -157,30 +176,30 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
             with jax.named_scope("queries"):
                 part = einsum("bkdv,bkvgu->bkdgu", view.keys.key_transposed, rounded)
                 d_row = d_row._replace(query=d_row.query + part)
-                if view.far is not None:
-                    part = einsum("vr,bkvgu->bkrgu", view.far, d_scores)
-                    d_far = (x + part if side == tile.side else x for side, x in enumerate(d_row.far))
-                    d_row = d_row._replace(far=tuple(d_far))
             with jax.named_scope("tables"):
-                if view.near is not None or view.bias is not None:
-                    G = by_distance(plan, d_scores, tile)
-                if view.near is not None:
-                    axes = letters(view.near)
-                    d_row = d_row._replace(near=d_row.near + einsum(f"bkgue,{axes}->bkcgu", G, view.near))
-                if d.key_table is not None:
-                    part = einsum(f"bkgue,bkcgu->{axes}", G, row.near)
-                    d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
+                for part in view.parts:
+                    d_part = lax.slice_in_dim(d_scores, part.start, part.start + part.width, axis=2)
+                    if part.far is not None:
+                        far = list(d_row.far)
+                        far[part.coordinates] += einsum("vr,bkvgu->bkrgu", part.far, d_part)
+                        d_row = d_row._replace(far=tuple(far))
+                        continue
+                    axes, G = letters(part.near), by_distance(plan, d_part, tile)
+                    d_row = d_row._replace(near=d_row.near + einsum(f"bkgue,{axes}->bkcgu", G, part.near))
+                    if d.key_table is not None:
+                        part = einsum(f"bkgue,bkcgu->{axes}", G, row.near)
+                        d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
                 if d.value_table is not None:
                     axes = letters(view.near_value)
                     part = einsum(f"bkgue,bkcgu->{axes}", by_distance(plan, weights, tile), d_out)
                     d = d._replace(value_table=add(d.value_table, part, table_start(plan, tile, offset), -2))
                 if d.bias_table is not None:
-                    part = jnp.sum(G, axis=(0, 3))
+                    part = jnp.sum(by_distance(plan, d_scores, tile), axis=(0, 3))
                     d = d._replace(bias_table=add(d.bias_table, part, table_start(plan, tile, offset), -1))
             return d, d_row
 
-        d, d_row = _sweep(plan, offset + index * plan.tiles.rows, visit, (d, zeros(row)))
-        return d, d_row
+        own = row, own_segments, d_out, delta, logsumexp
+        return _sweep(plan, offset + index * plan.tiles.rows, visit, d, own, zeros(row))
 
     def zeros(arrays):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)

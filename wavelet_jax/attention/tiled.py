@@ -31,10 +31,12 @@ from wavelet_jax.positions.terms import Terms
 FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
 
 
-# (from this many keys on, tiles with relative keys, tiles without): the last row that applies. Measured on a CPU,
-# float32, 4 heads of 128, forward and backward, 512 to 4,096 tokens: rows or keys of 256 cost wavelets 5 to 10% more
-# (their local band grows with the rows) and RoPE nothing; bands of 64 raise the far rank and cost 5% more.
-TILES = ((0, Tiles(rows=128, band=128, keys=128), Tiles(rows=128, band=0, keys=128)),)
+# By what the terms add to scores, (from this many keys on, tiles): the last row that applies.
+TILES = {
+    "constant keys": ((0, Tiles(rows=512, block=128, band=128, keys=512)),),
+    "tables": ((0, Tiles(rows=128, block=128, band=0, keys=256)),),
+    "nothing": ((0, Tiles(rows=512, block=256, band=0, keys=512)),),
+}
 
 # Factors go from the local band to the furthest distance that matters: the furthest that there is, or at a traced
 # offset, all of the support. Where that is this much past the lengths themselves (queries at position 2^30 over keys at
@@ -129,13 +131,18 @@ def attention(
 
 
 def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
-    relative = terms.relative_keys is not None
-    tiles = [row[1 if relative else 2] for row in TILES if num_keys >= row[0]][-1]
+    kind = "nothing"
+    if terms.relative_keys is not None or terms.relative_values is not None or terms.bias is not None:
+        constant = terms.relative_keys is not None and _evaluate(terms, 0, 0) is not None
+        kind = "constant keys" if constant else "tables"
+    tiles = [tiles for keys, tiles in TILES[kind] if num_keys >= keys][-1]
 
     def shorter(size: int, length: int) -> int:  # no tile is much longer than what it has to hold
         return min(size, -(-length // 8) * 8)
 
-    return Tiles(shorter(tiles.rows, num_queries), shorter(tiles.band, num_keys), shorter(tiles.keys, num_keys))
+    block = shorter(tiles.block, num_queries)
+    rows = min(tiles.rows, -(-num_queries // block) * block)
+    return Tiles(rows, block, shorter(tiles.band, num_keys), shorter(tiles.keys, num_keys))
 
 
 # -- what comes from the terms ------------------------------------------------------------------------------------
@@ -190,6 +197,7 @@ def _constants(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | 
         highest + margin,
         span=(lowest, highest),
         rows=plan.tiles.rows,
+        block=plan.tiles.block,
         before=plan.tiles.band,
         after=None if plan.causal else plan.after,
         keys=plan.tiles.keys,

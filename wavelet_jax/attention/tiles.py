@@ -25,9 +25,17 @@ einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of tiles, tokens. Attributes: rows, U; band, keys of the local band beside the tile's own; keys, V."""
+    """Sizes of tiles, tokens.
+
+    Attributes:
+      rows: U, queries of a tile.
+      block: queries that a local band is for; they divide U, and their bands are where less is hidden and dense.
+      band: keys of a local band beside the block's own.
+      keys: V.
+    """
 
     rows: int
+    block: int
     band: int
     keys: int
 
@@ -49,7 +57,7 @@ class Rows(NamedTuple):
 
     query: jax.Array  # [.., D, G, U]
     near: jax.Array | None  # [.., C, G, U], for the products with near tables
-    far: tuple[jax.Array | None, jax.Array | None]  # [.., R, G, U], for the far bases before and after
+    far: tuple[jax.Array | None, ...]  # [.., R, G, U], for the far bases in the order of `Factors.far`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,27 +76,24 @@ class Plan:
 
     @property
     def after(self) -> int:
-        """Keys of the local band after the tile's last row."""
+        """Keys of a local band after its block's last row."""
         return 0 if self.causal else self.tiles.band
-
-    @property
-    def band(self) -> int:
-        """Keys of the local band."""
-        return self.tiles.band + self.tiles.rows + self.after
 
     @property
     def padding(self) -> int:
         """Keys added on both sides, so that no tile that holds a key sticks out."""
-        return max(self.band, self.tiles.keys)
+        return max(self.tiles.band + self.tiles.rows + self.after, self.tiles.keys)
 
 
 class Tile(NamedTuple):
-    """One tile of keys as a query tile sees it."""
+    """One tile of keys as a query tile, or a block of its rows, sees it."""
 
     start: jax.Array | int  # index of its first key, before padding; it may stick out on either side
     width: int  # V
-    first: jax.Array | int  # distance of the query tile's first row from the tile's first key
-    side: int | None  # 0 before, 1 after, None the local band
+    first: jax.Array | int  # distance of the first of the rows from the tile's first key
+    row: int  # the first of the rows, counted in the query tile
+    rows: int  # U, or those of a block
+    side: int | None  # 0 before, 1 after, None the local tile: the bands of all blocks before the last row, or of all
     order: jax.Array | int  # 0, 1, .. outwards
     relative: bool  # whether the constant table of relative keys reaches it
 
@@ -109,18 +114,20 @@ def rows_of(plan: Plan, query_NxBxKxDxGxU: jax.Array, position_NxBxKxDxGxU: jax.
     """All forms of the queries; those in the coordinates of constant factors are float32, also of bfloat16 queries."""
     position = query_NxBxKxDxGxU if position_NxBxKxDxGxU is None else position_NxBxKxDxGxU
     if plan.constants is None:
-        return Rows(query_NxBxKxDxGxU, position if plan.key_everywhere else None, (None, None))
+        return Rows(query_NxBxKxDxGxU, position if plan.key_everywhere else None, ())
 
     def project(matrix: np.ndarray) -> jax.Array:
         heads = "kg" if matrix.ndim == 3 else ""
         return einsum(f"nbkdgu,{heads}dc->nbkcgu", position, split_heads(matrix, 3, position.shape[2]))
 
+    def project_far(far: factors.Far) -> jax.Array:
+        x = project(far.project)
+        by_block = x.reshape(*x.shape[:-1], -1, far.rows.shape[0])
+        out = einsum("nbkcgiu,urc->nbkrgiu", by_block, far.rows)
+        return out.reshape(*out.shape[:-2], -1)
+
     near = position if plan.constants.near.project is None else project(plan.constants.near.project)
-    before, after = (
-        None if far is None else einsum("nbkcgu,urc->nbkrgu", project(far.project), far.rows)
-        for far in plan.constants.far
-    )
-    return Rows(query_NxBxKxDxGxU, near, (before, after))
+    return Rows(query_NxBxKxDxGxU, near, tuple(None if far is None else project_far(far) for far in plan.constants.far))
 
 
 # -- one tile -----------------------------------------------------------------------------------------------------
@@ -153,20 +160,24 @@ class Keys(NamedTuple):
     value_transposed: jax.Array | None
 
 
+class Part(NamedTuple):
+    """Relative keys of some keys of a tile, in one of the two forms."""
+
+    start: int  # the first of its keys, counted in the tile
+    width: int
+    near: jax.Array | None = None  # [n, C] or [K, G, n, C], distances falling by one
+    far: jax.Array | None = None  # [V, R]
+    coordinates: int = 0  # which of `Rows.far` goes with it
+
+
 class View(NamedTuple):
     """What one tile of keys is to one tile of queries: slices of the inputs; None where the terms have no such part."""
 
     keys: Keys  # V of the S
-    near: jax.Array | None  # [n, C] or [K, G, n, C], distances of the tile falling by one
-    far: jax.Array | None  # [V, R]
+    parts: tuple[Part, ...]
     near_value: jax.Array | None  # [n, D] or [K, G, n, D]
     bias: jax.Array | None  # [K, G, n]
     visible: jax.Array | None  # broadcastable to [B, K, V, G, U]; None: all are
-
-
-def _distances_in(plan: Plan, tile: Tile) -> int:
-    """n, distances of a tile: U + V - 1 occur, and one more makes the skew; in a causal local band, those from 0 on."""
-    return tile.width + (0 if plan.causal and tile.side is None else plan.tiles.rows)
 
 
 def view_of(plan: Plan, inputs: Inputs, keys: Keys, tile: Tile, offset: jax.Array, row_segments, key_segments) -> View:
@@ -175,39 +186,63 @@ def view_of(plan: Plan, inputs: Inputs, keys: Keys, tile: Tile, offset: jax.Arra
         return None if array is None else lax.dynamic_slice_in_dim(array, start, tile.width, axis)
 
     def rows(table: jax.Array | None, axis: int = -2) -> jax.Array | None:
-        start = table_start(plan, tile, offset)
-        return None if table is None else lax.dynamic_slice_in_dim(table, start, _distances_in(plan, tile), axis)
+        start, count = table_start(plan, tile, offset), _num_distances(plan, tile, tile.width)
+        return None if table is None else lax.dynamic_slice_in_dim(table, start, count, axis)
 
-    near, far = rows(inputs.key_table), None
-    if plan.constants is not None and tile.relative:
-        if tile.side is not None and (side := plan.constants.far[tile.side]) is not None:
-            far = lax.dynamic_index_in_dim(jnp.asarray(side.basis), tile.order, keepdims=False)
-        else:
-            table = split_heads(plan.constants.near.rows, 3, inputs.query_NxBxKxDxGxU.shape[2])
-            start = plan.constants.near.first - (tile.first + plan.tiles.rows - 1)
-            near = lax.dynamic_slice_in_dim(table, start, _distances_in(plan, tile), -2)
-    has_near = near is not None or inputs.bias_table is not None
+    if inputs.key_table is not None:
+        parts = (Part(0, tile.width, near=rows(inputs.key_table)),)
+    elif plan.constants is not None and tile.relative:
+        parts = _constant_parts(plan, tile, num_kv_heads=inputs.query_NxBxKxDxGxU.shape[2])
+    else:
+        parts = ()
+    hides = any(part.near is not None for part in parts) or inputs.bias_table is not None
     return View(
         keys=Keys(*(slices(x, axis) for x, axis in zip(keys, (2, 3, 2, 3), strict=True))),
-        near=near,
-        far=far,
+        parts=parts,
         near_value=rows(inputs.value_table),
         bias=rows(inputs.bias_table, -1),
-        visible=_visible(plan, tile, row_segments, slices(key_segments, 1), has_near),
+        visible=_visible(plan, tile, row_segments, slices(key_segments, 1), hides),
     )
+
+
+def _constant_parts(plan: Plan, tile: Tile, num_kv_heads: int) -> tuple[Part, ...]:
+    far, near = plan.constants.far, plan.constants.near
+    if tile.side is not None and far[tile.side] is not None:
+        basis = lax.dynamic_index_in_dim(jnp.asarray(far[tile.side].basis), tile.order, keepdims=False)
+        return (Part(0, tile.width, far=basis, coordinates=tile.side),)
+    before = after = 0  # keys of the local tile on either side of the block's own band, where they have a far form
+    if tile.side is None:
+        before = tile.row if far[2] is not None else 0
+        after = plan.tiles.rows - tile.row - tile.rows if far[3] is not None else 0
+    width = tile.width - before - after
+    table = split_heads(near.rows, 3, num_kv_heads)
+    start = near.first - (tile.first - before + tile.rows - 1)
+    parts = [Part(before, width, near=lax.dynamic_slice_in_dim(table, start, _num_distances(plan, tile, width), -2))]
+    if before:
+        parts.insert(0, Part(0, before, far=far[2].basis[0, -before:], coordinates=2))
+    if after:
+        parts.append(Part(before + width, after, far=far[3].basis[0, :after], coordinates=3))
+    return tuple(parts)
+
+
+def _num_distances(plan: Plan, tile: Tile, width: int) -> int:
+    """n, distances of the last `width` keys of a tile: U + V - 1 occur, and one more makes the skew; in a causal local
+    tile, those from 0 on.
+    """
+    return width + (0 if plan.causal and tile.side is None else tile.rows)
 
 
 def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array:
     """The row of a table over all distances at which a tile's begin."""
-    return first_distance(plan, offset) - (tile.first + plan.tiles.rows - 1)
+    return first_distance(plan, offset) - (tile.first + tile.rows - 1)
 
 
-def _visible(plan: Plan, tile: Tile, row_segments, key_segments, has_near: bool) -> jax.Array | None:
-    """What is hidden in a tile beyond what `_position_scores` hides; None where that is nothing."""
-    key, row = jnp.arange(tile.width)[:, None, None], jnp.arange(plan.tiles.rows)  # [V, 1, 1] and [U]
+def _visible(plan: Plan, tile: Tile, row_segments, key_segments, hides: bool) -> jax.Array | None:
+    """What is hidden in a tile beyond what the near forms hide; None where that is nothing."""
+    key, row = jnp.arange(tile.width)[:, None, None], jnp.arange(tile.rows)  # [V, 1, 1] and [U]
     distance = tile.first + row - key
     conditions = []
-    if tile.side is None and plan.causal and not has_near:
+    if tile.side is None and plan.causal and not hides:
         conditions.append(distance >= 0)
     if plan.window is not None:
         conditions.append(jnp.abs(distance) < plan.window)
@@ -228,28 +263,19 @@ def _all_keys_exist(plan: Plan, tile: Tile) -> bool:
     return rows % keys == 0 and (plan.offset - plan.tiles.band) % keys == 0
 
 
-def _position_scores(plan: Plan, near_queries: jax.Array | None, view: View, tile: Tile) -> jax.Array | None:
-    """The near form of relative keys, and the bias: [B, K, V, G, U]; -inf after the query in a causal local band."""
-    G = None
-    if view.near is not None:
-        G = einsum(f"bkcgu,{letters(view.near)}->bkgue", near_queries, view.near)
-    if view.bias is not None:
-        bias = view.bias[None, :, :, None, :].astype(jnp.float32)
-        G = bias if G is None else G + bias
-    return None if G is None else by_key(plan, G, tile, -jnp.inf)
+def by_key(G: jax.Array, tile: Tile, width: int, after: float) -> jax.Array:
+    """[.., G, U or 1, n] by distance -> [.., V, G, U] by key, of the last `width` keys of a tile or all of them.
 
-
-def by_key(plan: Plan, G: jax.Array, tile: Tile, after: float) -> jax.Array:
-    """[.., G, U or 1, n] by distance -> [.., V, G, U] by key; `after` for keys after the query in a causal local band."""
+    `after` goes to keys after the query in a causal local tile.
+    """
     *lead, _, available = G.shape
-    missing = tile.width + plan.tiles.rows - available
-    padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, missing)], constant_values=after)
-    return jnp.moveaxis(_skew(jnp.broadcast_to(padded, (*lead, plan.tiles.rows, padded.shape[-1])), tile.width), -1, -3)
+    padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, width + tile.rows - available)], constant_values=after)
+    return jnp.moveaxis(_skew(jnp.broadcast_to(padded, (*lead, tile.rows, padded.shape[-1])), width), -1, -3)
 
 
 def by_distance(plan: Plan, x: jax.Array, tile: Tile) -> jax.Array:
     """[.., V, G, U] by key -> [.., G, U, n] by distance: the transpose of `by_key`."""
-    return _unskew(jnp.moveaxis(x, -3, -1))[..., : _distances_in(plan, tile)]
+    return _unskew(jnp.moveaxis(x, -3, -1))[..., : _num_distances(plan, tile, x.shape[-3])]
 
 
 def letters(table: jax.Array) -> str:
@@ -259,9 +285,16 @@ def letters(table: jax.Array) -> str:
 def scores_of(plan: Plan, row: Rows, view: View, tile: Tile) -> jax.Array:
     """Scores [B, K, V, G, U] in float32, not scaled, -inf where hidden."""
     scores = einsum("bkvd,bkdgu->bkvgu", view.keys.key, row.query)
-    if view.far is not None:
-        scores += einsum("vr,bkrgu->bkvgu", view.far, row.far[tile.side])
-    position = _position_scores(plan, row.near, view, tile)
-    if position is not None:
-        scores += position
+    position = []
+    for part in view.parts:
+        if part.far is not None:
+            position.append(einsum("vr,bkrgu->bkvgu", part.far, row.far[part.coordinates]))
+        else:
+            G = einsum(f"bkcgu,{letters(part.near)}->bkgue", row.near, part.near)
+            position.append(by_key(G, tile, part.width, -jnp.inf))
+    if position:
+        scores += position[0] if len(position) == 1 else jnp.concatenate(position, axis=2)
+    if view.bias is not None:
+        bias = view.bias[None, :, :, None, :].astype(jnp.float32)
+        scores += by_key(bias, tile, tile.width, -jnp.inf)
     return scores if view.visible is None else jnp.where(view.visible, scores, -jnp.inf)
