@@ -22,7 +22,7 @@ SMALL = Tiles(rows=16, block=8, band=8, keys=32)  # so that short sequences have
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILES", {kind: ((0, SMALL),) for kind in tiled.TILES})
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, SMALL),)))
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -55,11 +55,12 @@ def attend(query, key, value, terms, **options) -> jax.Array:
 
 
 def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
-    """Every array within `tolerance` of the largest entry of the expected one."""
+    """Every array within `tolerance` of the size of the expected one."""
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         wanted, got = np.asarray(wanted, np.float64), np.asarray(actual[name], np.float64)
-        error = np.max(np.abs(got - wanted)) / max(np.max(np.abs(wanted)), 1e-3)
+        # A gradient may cancel to nothing (a row that sees one key has none), but for the rounding of terms of about 1.
+        error = np.max(np.abs(got - wanted)) / max(np.max(np.abs(wanted)), 0.5)
         assert error <= tolerance, f"{name} is off by {error:.1e} of its size"
 
 
@@ -153,7 +154,7 @@ def test_random_shapes(data, small_tiles, monkeypatch):
     draw = data.draw
     block, band, keys = (draw(st.integers(low, 24)) for low in (1, 0, 1))
     chosen = Tiles(block * draw(st.integers(1, 3)), block, band, keys)
-    monkeypatch.setattr(tiled, "TILES", {kind: ((0, chosen),) for kind in tiled.TILES})
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, chosen),)))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     T, S = draw(st.integers(1, 60)), draw(st.integers(1, 60))
     name = draw(st.sampled_from(["wavelet", "wavelet trained", "t5", "shaw", "transformer_xl", "rope"]))
@@ -246,24 +247,10 @@ def test_bfloat16():
 # -- factors ------------------------------------------------------------------------------------------------------
 
 
-def rebuilt(found: factors.Factors, rows: int, before: int, after: int | None, keys: int, side: int, tile: int):
-    """(P [U, V, D] of one tile from its factors, the distances [U, V])."""
-    key = (
-        -(before + (tile + 1) * keys) + np.arange(keys)
-        if side == 0
-        else rows + (after or 0) + tile * keys + np.arange(keys)
-    )
-    distance = np.arange(rows)[:, None] - key
-    far = found.far[side]
-    # In float64: the rounding of float32 sums belongs to the products that use the factors, as in any other product.
-    if tile >= found.tiles[side]:
-        return 0.0, distance
-    if far is not None:
-        per_row = np.einsum("urc,dc->urd", far.rows, far.project, dtype=np.float64)
-        return np.einsum("vr,urd->uvd", far.basis[tile], per_row, dtype=np.float64), distance
-    near = found.near.rows[found.near.first - distance]
-    project = np.eye(near.shape[-1]) if found.near.project is None else found.near.project
-    return np.einsum("uvc,dc->uvd", near, project, dtype=np.float64), distance
+def rebuilt_far(far: factors.Far, tile: int) -> np.ndarray:
+    """P [U, V, D] of one tile of keys, in float64: rounded sums belong to the products that use the factors."""
+    per_row = np.einsum("urc,dc->urd", far.rows, far.project, dtype=np.float64)
+    return np.einsum("vr,urd->uvd", far.basis[tile], per_row, dtype=np.float64)
 
 
 GRIDS = {
@@ -278,27 +265,47 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("tolerance", [1e-6, pytest.param(1e-3, marks=slow)])
 def test_no_entry_is_off_by_more_than_the_tolerance(mother, grid, tolerance):
-    rows, before, after, keys, span = 64, 64, 64, 128, (-1500, 1500)
+    rows, block, before, after, keys, span = 192, 64, 48, 32, 128, (-1500, 1500)
     table_of = functools.partial(wavelets.wavelet_position, scales=GRIDS[grid][0], shifts=GRIDS[grid][1], mother=mother)
     table = np.asarray(table_of(np.arange(2000, -2001, -1)))
     found = factors.factor(
-        table, 2000, span=span, rows=rows, before=before, after=after, keys=keys, tolerance=tolerance
+        table, 2000, span=span, rows=rows, block=block, before=before, after=after, keys=keys, tolerance=tolerance
     )
     assert max(found.tiles) <= 12
-    for side in (0, 1):
-        for tile in range(12):
-            approximate, distance = rebuilt(found, rows, before, after, keys, side, tile)
-            error = np.abs(approximate - table[2000 - distance]).max(-1)
-            real = (distance >= span[0]) & (distance <= span[1])
-            assert np.max(error, where=real, initial=0) <= tolerance + 2e-7  # the factors are stored in float32
+
+    def assert_close(approximate, distance):
+        error = np.abs(approximate - table[2000 - distance]).max(-1)
+        real = (distance >= span[0]) & (distance <= span[1])
+        assert np.max(error, where=real, initial=0) <= tolerance + 2e-7  # the factors are stored in float32
+
+    def distances(num_rows, first_key, num_keys):
+        return np.arange(num_rows)[:, None] - (first_key + np.arange(num_keys))
+
+    for tile in range(12):
+        for side, first_key in (0, -(before + (tile + 1) * keys)), (1, rows + after + tile * keys):
+            beyond = tile >= found.tiles[side]
+            if beyond or found.near is not None:
+                approximate = 0.0 if beyond else rebuilt_far(found.far[side], tile)
+                assert_close(approximate, distances(rows, first_key, keys))
+    if found.near is None:  # of the families here, only steps have no low rank
+        assert mother.startswith("haar")
+        return
+    in_tile = rows - block
+    assert_close(rebuilt_far(found.far[2], 0), distances(block, -(before + in_tile), in_tile))
+    assert_close(rebuilt_far(found.far[3], 0), distances(block, block + after, in_tile))
+    project = np.eye(64) if found.near.project is None else found.near.project
+    near = np.einsum("ec,dc->ed", found.near.rows, project, dtype=np.float64)
+    assert_close(near, np.arange(before + block - 1, -after - block - 1, -1))
 
 
 def test_far_ranks_are_small():
     """What makes the term cheap: DESIGN's measured ranks, at the default tolerance."""
     table = np.asarray(wavelets.wavelet_position(np.arange(4500, -600, -1), *wavelets.scale_shift_grid(128, 8, 0)))
-    found = factors.factor(table, 4500, span=(0, 4095), rows=128, before=128, after=None, keys=128, tolerance=1e-6)
-    assert found.tiles == (5, 0)  # up to 128 + 5 * 128 = 768 tokens; the support is 2^7 * 5.8 + 15
-    assert found.far[0].basis.shape[-1] <= 12
+    plan = {"span": (0, 4095), "rows": 512, "block": 128, "before": 64, "after": None, "keys": 512}
+    found = factors.factor(table, 4500, tolerance=1e-6, **plan)
+    assert found.tiles == (2, 0)  # up to 64 + 2 * 512 = 1,088 tokens; the support is 2^7 * 5.8 + 15
+    assert found.far[0].basis.shape[-1] <= 17
+    assert found.far[2].basis.shape[-1] <= 16
     assert found.near.rows.shape[-1] <= 48
 
 
@@ -458,8 +465,8 @@ def largest_buffer(program) -> int:
     "name", ["wavelet", *(pytest.param(name, marks=slow) for name in ("shaw", "t5", "transformer_xl"))]
 )
 def test_nothing_is_quadratic_in_length(name):
-    L = 4096
-    assert largest_buffer(compiled(name, L, "tiled", **METHODS[name])) < L * L / 16
+    L = 8192
+    assert largest_buffer(compiled(name, L, "tiled", **METHODS[name])) < L * L / 4
     short, long = (compiled(name, length, "tiled", **METHODS[name]).memory_analysis() for length in (L // 2, L))
     assert long.temp_size_in_bytes < 2.1 * short.temp_size_in_bytes
 

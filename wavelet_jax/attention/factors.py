@@ -14,26 +14,26 @@ here is NumPy in float64, done while tracing, and depends on the table's numbers
 import dataclasses
 import functools
 import hashlib
+import math
+from collections.abc import Iterable
 
 import numpy as np
 
 # A rank above this costs more than it saves: the near form then serves the whole support.
 MAX_FAR_RANK = 48
 _PROBES = 16  # columns that the range finder draws beyond the largest rank
-_SAMPLED_ROWS = 16  # rows u of a tile on which a rank's error is measured
+_SAMPLED_ROWS = 16  # rows u of a tile that a rank is sought on at first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Near:
-    """P[t] of the distances first, first - 1, .. as `rows @ project`, float32.
+    """P[t] of the distances in a block's local band as `rows @ project^T`, from the highest down, float32.
 
     Attributes:
-      first: distance of rows[.., 0, :], tokens.
       rows: [n, c], or [H, n, D] where heads have tables that share too little.
       project: [D, c], or [H, D, c]; None: c is D, and the rows are P itself.
     """
 
-    first: int
     rows: np.ndarray
     project: np.ndarray | None
 
@@ -58,15 +58,15 @@ class Factors:
     """What a constant table comes to for one plan of tiles.
 
     Attributes:
-      near: the local band of a block of rows; where `far` has None, also what that would be for.
-      far: for the key tiles (before, after) the local tile, and for keys of the local tile (before, after) the band of
-        a block, where a tile has several.
       tiles: key tiles (before, after) the local tile that the term reaches; it is below the tolerance beyond.
+      near: the local band of a block of rows; None where the table has no low rank away from it (a step function).
+      far: for the key tiles (before, after) the local tile, and for the keys of the local tile (before, after) the band
+        of a block; None where there are none.
     """
 
-    near: Near
-    far: tuple[Far | None, Far | None, Far | None, Far | None]
     tiles: tuple[int, int]
+    near: Near | None
+    far: tuple[Far | None, Far | None, Far | None, Far | None]
 
 
 def factor(
@@ -143,43 +143,35 @@ def _factor(
         """[D, c] or [H, D, c] of [D or H * D, c]."""
         return columns.reshape(*((table.shape[0], table.shape[2]) if per_head else table.shape[1:]), -1)
 
-    def separated(side: int, own_rows: int, count: int, keys: int) -> Far | None:
-        outwards = np.arange(count * keys)
+    far: list[Far | None] = []
+    in_tile = rows - block  # keys of the local tile before, or after, the band of its last, or first, block
+    for side, own_rows, shape in (
+        (0, rows, (tiles[0], keys)),
+        (1, rows, (tiles[1], keys)),
+        (0, block, (1, in_tile)),
+        (1, block, (1, 0 if after is None else in_tile)),
+    ):
+        outwards = np.arange(math.prod(shape))
         distances = before + 1 + outwards if side == 0 else -(own_rows + (after or 0)) - outwards
-        found = _separate(entries, distances, own_rows, tolerance) if count * keys else None
-        if found is None:
-            return None
-        basis, coefficients, project = found
-        basis = basis.reshape(count, keys, -1)
+        if not distances.size:
+            far.append(None)
+            continue
+        separated = _separate(entries, distances, own_rows, tolerance)
+        if separated is None:
+            return Factors(tiles, None, (None,) * 4)
+        basis, coefficients, project = separated
+        basis = basis.reshape(*shape, -1)
         if side == 0:
             basis = basis[:, ::-1]  # key positions rise within a tile, and their distances fall
-        return Far(_single(basis), _single(coefficients), _single(unflatten(project)))
+        far.append(Far(_single(basis), _single(coefficients), _single(unflatten(project))))
 
-    in_tile = rows - block  # keys of the local tile before, or after, the band of its last, or first, block
-    far = (
-        separated(0, rows, tiles[0], keys),
-        separated(1, rows, tiles[1], keys),
-        separated(0, block, 1, in_tile),
-        None if after is None else separated(1, block, 1, in_tile),
-    )
-
-    # The near zone: the local band, and whatever did not separate.
-    zone_before = before + block - 1
-    zone_after = (after or 0) + block - 1
-    for side, reach in (0, before), (1, after or 0):
-        whole = reach + rows - 1 + tiles[side] * keys if far[side] is None and tiles[side] else 0
-        local = reach + rows - 1 if far[2 + side] is None else 0
-        if side == 0:
-            zone_before = max(zone_before, whole, local)
-        else:
-            zone_after = max(zone_after, whole, local)
-    zone = entries(zone_before, 0 if after is None else -zone_after - 1)
+    zone = entries(before + block - 1, 0 if after is None else -(after + block))
     inner, project = _truncate(zone, tolerance)
     if inner.shape[1] < table.shape[-1]:
-        near = Near(zone_before, _single(inner), _single(unflatten(project)))
+        near = Near(_single(inner), _single(unflatten(project)))
     else:
-        near = Near(zone_before, _single(np.moveaxis(unflatten(zone.T), -1, -2)), None)
-    return Factors(near, far, tiles)
+        near = Near(_single(np.moveaxis(unflatten(zone.T), -1, -2)), None)
+    return Factors(tiles, near, tuple(far))
 
 
 def _separate(entries, distances: np.ndarray, rows: int, tolerance: float) -> tuple[np.ndarray, ...] | None:
@@ -199,25 +191,31 @@ def _separate(entries, distances: np.ndarray, rows: int, tolerance: float) -> tu
     def shifted(u: int) -> np.ndarray:  # [s, c]: P[u + s] in the order of `distances`
         return values[u : u + len(distances)][::step]
 
+    def error(basis: np.ndarray, rows: Iterable[int]) -> float:
+        """The largest error of an entry where those rows are projected on the columns of `basis`."""
+        return max(np.max(np.abs((x - basis @ (basis.T @ x)) @ project.T)) for x in map(shifted, rows))
+
     # Range finder (Halko, Martinsson, Tropp, arXiv 0909.4061): smooth functions show their whole range in a few rows u.
-    sampled = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).astype(int))
-    generator = np.random.default_rng(0)  # any draw serves, and one draw keeps programs equal from run to run
-    width = min(MAX_FAR_RANK + _PROBES, len(distances))
-    drawn = sum(shifted(u) @ generator.standard_normal((values.shape[1], width)) for u in sampled)
-    orthonormal, _ = np.linalg.qr(drawn)
+    # Where the other rows show that it was not all, more rows are drawn.
+    sampled = 0
+    while sampled < rows:
+        sampled = min(rows, max(_SAMPLED_ROWS, 4 * sampled))
+        drawn_rows = np.unique(np.linspace(0, rows - 1, sampled).astype(int))
+        generator = np.random.default_rng(0)  # any draw serves, and one draw keeps programs equal from run to run
+        width = min(MAX_FAR_RANK + _PROBES, len(distances))
+        drawn = sum(shifted(u) @ generator.standard_normal((values.shape[1], width)) for u in drawn_rows)
+        orthonormal, _ = np.linalg.qr(drawn)
 
-    def error(basis: np.ndarray) -> float:
-        """The largest error of an entry where the sampled rows are projected on the columns of `basis`."""
-        return max(np.max(np.abs((x - basis @ (basis.T @ x)) @ project.T)) for x in map(shifted, sampled))
-
-    within = np.stack([orthonormal.T @ shifted(u) for u in range(rows)])  # [U, width, c]
-    by_column = np.moveaxis(within, 1, 0).reshape(width, -1)
-    order = np.linalg.eigh(by_column @ by_column.T)[1][:, ::-1]  # the directions that carry most come first
-    basis = orthonormal @ order
-    rank = _least(lambda kept: error(basis[:, :kept]) <= tolerance * 3 / 4, width)
-    if rank > MAX_FAR_RANK:
-        return None
-    return basis[:, :rank], np.einsum("wr,uwc->urc", order[:, :rank], within), project
+        within = np.stack([orthonormal.T @ shifted(u) for u in range(rows)])  # [U, width, c]
+        by_column = np.moveaxis(within, 1, 0).reshape(width, -1)
+        order = np.linalg.eigh(by_column @ by_column.T)[1][:, ::-1]  # the directions that carry most come first
+        basis = orthonormal @ order
+        rank = _least(lambda kept: error(basis[:, :kept], drawn_rows) <= tolerance * 3 / 4, width)  # noqa: B023
+        if rank > MAX_FAR_RANK:
+            return None
+        if error(basis[:, :rank], range(rows)) <= tolerance * 3 / 4:
+            return basis[:, :rank], np.einsum("wr,uwc->urc", order[:, :rank], within), project
+    return None
 
 
 def _truncate(matrix: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:

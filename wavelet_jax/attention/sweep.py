@@ -11,6 +11,7 @@ from wavelet_jax.attention.tiles import (
     Keys,
     Plan,
     Tile,
+    band_start,
     by_distance,
     by_key,
     einsum,
@@ -19,6 +20,7 @@ from wavelet_jax.attention.tiles import (
     scores_of,
     table_start,
     view_of,
+    with_far,
 )
 
 
@@ -38,7 +40,7 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
             return lax.slice_in_dim(x, row, row + block, axis=-1)
 
         width = band + (row + block if plan.causal else rows + plan.after)
-        tile = Tile(position - band, width, band + row, row, block, None, 0, plan.constants is not None)
+        tile = Tile(position - band, width, band + row, row, block, None, 0, True)
         shared, part = visit(shared, jax.tree.map(of_block, own), jax.tree.map(of_block, carry), tile)
         blocks.append(part)
     carry = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *blocks)
@@ -65,12 +67,14 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
         first, last = jnp.maximum((inner - plan.keys) // keys, 0), -(-inner // keys)
         if plan.window is not None:
             last = jnp.minimum(last, max(0, -(-(plan.window - 1 - reach) // keys)))
-        reached = 0 if plan.constants is None else plan.constants.tiles[side]
-        middle = jnp.clip(reached, first, jnp.maximum(last, first))
         state = shared, carry
-        if reached:
-            state = lax.fori_loop(first, middle, functools.partial(visit_nth, True), state)
-        shared, carry = lax.fori_loop(middle, last, functools.partial(visit_nth, False), state)
+        if plan.constants is not None:  # and thus a reach that is known
+            middle = jnp.clip(plan.constants.tiles[side], first, jnp.maximum(last, first))
+            if plan.constants.tiles[side]:
+                state = lax.fori_loop(first, middle, functools.partial(visit_nth, True), state)
+            first = middle
+        relative = plan.constants is None
+        shared, carry = lax.fori_loop(first, last, functools.partial(visit_nth, relative), state)
     return shared, carry
 
 
@@ -85,9 +89,7 @@ def attend(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None
 
 
 def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    """`attend`, and what its gradient needs: the logarithm of the sum of exponentials of every row's scores (+inf where
-    it sees nothing) and all forms of the queries.
-    """
+    """`attend`, and the logarithm of the sum of exponentials of every row's scores (+inf where it sees nothing)."""
     row_segments, key_segments = segments or (None, None)
     keys = Keys(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
 
@@ -128,17 +130,18 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
     rows = rows_of(plan, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU)
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
     out, logsumexp = lax.scan(query_tile, None, (tiles, rows, row_segments))[1]
-    return out, (out, logsumexp, rows)
+    return out, logsumexp
 
 
 def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    out, saved = _forward(plan, inputs, offset, segments)
-    return out, (inputs, offset, segments, *saved)
+    out, logsumexp = _forward(plan, inputs, offset, segments)
+    return out, (inputs, offset, segments, out, logsumexp)
 
 
 def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> tuple:
     """Gradients of all inputs in one sweep, from scores computed again (Dao et al., arXiv 2205.14135, Alg. 4)."""
-    inputs, offset, segments, out, logsumexp, rows = residuals
+    inputs, offset, segments, out, logsumexp = residuals
+    rows = rows_of(plan, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU)
     row_segments, key_segments = segments or (None, None)
     keys = Keys(inputs.key_BxKxSxD, _transposed(inputs.key_BxKxSxD), inputs.value_BxKxSxD, None)
 
@@ -162,7 +165,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
                 if view.near_value is not None:
                     axes = letters(view.near_value)
                     G = einsum(f"bkcgu,{axes}->bkgue", d_out, view.near_value)
-                    d_weights += by_key(G, tile, tile.width, 0.0)
+                    d_weights += by_key(G, tile, 0.0)
                 d_scores = weights * (d_weights - delta[:, :, None]) * plan.scale
                 rounded = d_scores.astype(view.keys.key.dtype)
             with jax.named_scope("keys_and_values"):
@@ -174,21 +177,24 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
                     value_BxKxSxD=add(d.value_BxKxSxD, d_value, start, 2),
                 )
             with jax.named_scope("queries"):
-                part = einsum("bkdv,bkvgu->bkdgu", view.keys.key_transposed, rounded)
-                d_row = d_row._replace(query=d_row.query + part)
+                extended = jnp.swapaxes(with_far(jnp.swapaxes(view.keys.key_transposed, 2, 3), view), 2, 3)
+                parts = einsum("bkdv,bkvgu->bkdgu", extended, rounded)
+                d_far, end = list(d_row.far), row.query.shape[2]
+                d_row = d_row._replace(query=d_row.query + parts[:, :, :end])
+                for far in view.far:
+                    start, end = end, end + far.basis.shape[1]
+                    d_far[far.coordinates] += parts[:, :, start:end]
+                d_row = d_row._replace(far=tuple(d_far))
             with jax.named_scope("tables"):
-                for part in view.parts:
-                    d_part = lax.slice_in_dim(d_scores, part.start, part.start + part.width, axis=2)
-                    if part.far is not None:
-                        far = list(d_row.far)
-                        far[part.coordinates] += einsum("vr,bkvgu->bkrgu", part.far, d_part)
-                        d_row = d_row._replace(far=tuple(far))
-                        continue
-                    axes, G = letters(part.near), by_distance(plan, d_part, tile)
-                    d_row = d_row._replace(near=d_row.near + einsum(f"bkgue,{axes}->bkcgu", G, part.near))
-                    if d.key_table is not None:
-                        part = einsum(f"bkgue,bkcgu->{axes}", G, row.near)
-                        d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
+                if (start := band_start(plan, tile)) is not None:
+                    near = lax.slice_in_dim(d_scores, start, start + row.near.shape[2], axis=2)
+                    d_row = d_row._replace(near=near)  # which no other tile has
+                if view.table is not None:
+                    axes, G = letters(view.table), by_distance(plan, d_scores, tile)
+                    d_position = d_row.position + einsum(f"bkgue,{axes}->bkcgu", G, view.table)
+                    d_row = d_row._replace(position=d_position)
+                    part = einsum(f"bkgue,bkcgu->{axes}", G, row.position)
+                    d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
                 if d.value_table is not None:
                     axes = letters(view.near_value)
                     part = einsum(f"bkgue,bkcgu->{axes}", by_distance(plan, weights, tile), d_out)

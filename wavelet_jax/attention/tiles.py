@@ -53,10 +53,11 @@ class Inputs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Queries in every form that scores are made of."""
+    """Queries in every form that scores are made of; without `far`, `near` and `position` may be None."""
 
     query: jax.Array  # [.., D, G, U]
-    near: jax.Array | None  # [.., C, G, U], for the products with near tables
+    position: jax.Array | None  # [.., D, G, U], for the product with a learned table; None: there is none
+    near: jax.Array | None  # [.., W, G, U]: position scores of the W keys of the local band of a row's block
     far: tuple[jax.Array | None, ...]  # [.., R, G, U], for the far bases in the order of `Factors.far`
 
 
@@ -71,7 +72,7 @@ class Plan:
     queries: int  # T
     keys: int  # S
     constants: factors.Factors | None
-    key_everywhere: bool  # relative keys are a learned table
+    key_everywhere: bool  # relative keys are a table over all distances
     scale: float
 
     @property
@@ -111,40 +112,54 @@ def split_heads(array: jax.Array | np.ndarray, with_heads: int, num_kv_heads: in
 
 
 def rows_of(plan: Plan, query_NxBxKxDxGxU: jax.Array, position_NxBxKxDxGxU: jax.Array | None) -> Rows:
-    """All forms of the queries; those in the coordinates of constant factors are float32, also of bfloat16 queries."""
+    """All forms of the queries; those that constant factors make are float32, also of bfloat16 queries."""
     position = query_NxBxKxDxGxU if position_NxBxKxDxGxU is None else position_NxBxKxDxGxU
-    if plan.constants is None:
-        return Rows(query_NxBxKxDxGxU, position if plan.key_everywhere else None, ())
+    if plan.constants is None or plan.key_everywhere:
+        return Rows(query_NxBxKxDxGxU, position if plan.key_everywhere else None, None, ())
 
-    def project(matrix: np.ndarray) -> jax.Array:
-        heads = "kg" if matrix.ndim == 3 else ""
+    def blocks(x: jax.Array) -> jax.Array:  # [.., U] -> [.., U / block, block]
+        return x.reshape(*x.shape[:-1], -1, plan.tiles.block)
+
+    def project(matrix: np.ndarray | None) -> jax.Array:
+        heads = "" if matrix is None or matrix.ndim == 2 else "kg"
+        matrix = np.eye(position.shape[3]) if matrix is None else matrix
         return einsum(f"nbkdgu,{heads}dc->nbkcgu", position, split_heads(matrix, 3, position.shape[2]))
 
-    def project_far(far: factors.Far) -> jax.Array:
+    def far_coordinates(far: factors.Far) -> jax.Array:
         x = project(far.project)
-        by_block = x.reshape(*x.shape[:-1], -1, far.rows.shape[0])
-        out = einsum("nbkcgiu,urc->nbkrgiu", by_block, far.rows)
-        return out.reshape(*out.shape[:-2], -1)
+        x = x.reshape(*x.shape[:-1], -1, far.rows.shape[0])
+        return join(einsum("nbkcgiu,urc->nbkrgiu", x, far.rows))
 
-    near = position if plan.constants.near.project is None else project(plan.constants.near.project)
-    return Rows(query_NxBxKxDxGxU, near, tuple(None if far is None else project_far(far) for far in plan.constants.far))
+    def join(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-2], -1)
+
+    near = plan.constants.near
+    x = position if near.project is None else project(near.project)
+    table = split_heads(near.rows, 3, position.shape[2])
+    G = einsum(f"nbkcgiu,{letters(table)}->nbkgiue", blocks(x), table)
+    width = plan.tiles.band + plan.tiles.block + plan.after
+    scores = jnp.moveaxis(skew(G, width, -jnp.inf), -1, 3)  # [n, b, k, W, g, i, u]
+    far = tuple(None if far is None else far_coordinates(far) for far in plan.constants.far)
+    return Rows(query_NxBxKxDxGxU, None, join(scores), far)
 
 
 # -- one tile -----------------------------------------------------------------------------------------------------
 
 
-def _skew(G: jax.Array, width: int) -> jax.Array:
-    """[.., U, U + V] by distance -> [.., U, V] by key: out[u, v] = G[u, U - 1 - u + v].
+def skew(G: jax.Array, width: int, after: float) -> jax.Array:
+    """[.., U, n] by distance -> [.., U, V] by key: out[u, v] = G[u, U - 1 - u + v], `after` where n ends before.
 
     Read row by row with one column less, the same numbers stand shifted by one a row: no gather.
     """
-    *lead, rows, columns = G.shape
-    flat = G.reshape(*lead, rows * columns)[..., : rows * (columns - 1)]
-    return flat.reshape(*lead, rows, columns - 1)[..., rows - 1 : rows - 1 + width]
+    *lead, rows, available = G.shape
+    columns = rows + width
+    padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, columns - available)], constant_values=after)
+    flat = padded.reshape(*lead, rows * columns)[..., : rows * (columns - 1)]
+    return flat.reshape(*lead, rows, columns - 1)[..., rows - 1 :]
 
 
 def _unskew(x: jax.Array) -> jax.Array:
-    """The transpose of `_skew`: [.., U, V] by key -> [.., U, U + V] by distance, zeros where no key has it."""
+    """The transpose of `skew`: [.., U, V] by key -> [.., U, U + V] by distance, zeros where no key has it."""
     *lead, rows, width = x.shape
     none = [(0, 0)] * len(lead)
     x = jnp.pad(x, [*none, (0, 0), (rows - 1, 0)]).reshape(*lead, rows * (rows + width - 1))
@@ -160,21 +175,19 @@ class Keys(NamedTuple):
     value_transposed: jax.Array | None
 
 
-class Part(NamedTuple):
-    """Relative keys of some keys of a tile, in one of the two forms."""
+class Far(NamedTuple):
+    """A far basis for a tile of keys."""
 
-    start: int  # the first of its keys, counted in the tile
-    width: int
-    near: jax.Array | None = None  # [n, C] or [K, G, n, C], distances falling by one
-    far: jax.Array | None = None  # [V, R]
-    coordinates: int = 0  # which of `Rows.far` goes with it
+    basis: jax.Array  # [V, R]
+    coordinates: int  # which of `Rows.far` goes with it
 
 
 class View(NamedTuple):
     """What one tile of keys is to one tile of queries: slices of the inputs; None where the terms have no such part."""
 
     keys: Keys  # V of the S
-    parts: tuple[Part, ...]
+    table: jax.Array | None  # [n, D] or [K, G, n, D], relative keys of the tile's distances, falling by one
+    far: tuple[Far, ...]
     near_value: jax.Array | None  # [n, D] or [K, G, n, D]
     bias: jax.Array | None  # [K, G, n]
     visible: jax.Array | None  # broadcastable to [B, K, V, G, U]; None: all are
@@ -186,50 +199,41 @@ def view_of(plan: Plan, inputs: Inputs, keys: Keys, tile: Tile, offset: jax.Arra
         return None if array is None else lax.dynamic_slice_in_dim(array, start, tile.width, axis)
 
     def rows(table: jax.Array | None, axis: int = -2) -> jax.Array | None:
-        start, count = table_start(plan, tile, offset), _num_distances(plan, tile, tile.width)
+        start, count = table_start(plan, tile, offset), _num_distances(plan, tile)
         return None if table is None else lax.dynamic_slice_in_dim(table, start, count, axis)
 
-    if inputs.key_table is not None:
-        parts = (Part(0, tile.width, near=rows(inputs.key_table)),)
-    elif plan.constants is not None and tile.relative:
-        parts = _constant_parts(plan, tile, num_kv_heads=inputs.query_NxBxKxDxGxU.shape[2])
-    else:
-        parts = ()
-    hides = any(part.near is not None for part in parts) or inputs.bias_table is not None
+    has_table = inputs.key_table is not None and tile.relative
+    hides = band_start(plan, tile) is not None or has_table or inputs.bias_table is not None
     return View(
         keys=Keys(*(slices(x, axis) for x, axis in zip(keys, (2, 3, 2, 3), strict=True))),
-        parts=parts,
+        table=rows(inputs.key_table) if has_table else None,
+        far=_far_of(plan, tile),
         near_value=rows(inputs.value_table),
         bias=rows(inputs.bias_table, -1),
         visible=_visible(plan, tile, row_segments, slices(key_segments, 1), hides),
     )
 
 
-def _constant_parts(plan: Plan, tile: Tile, num_kv_heads: int) -> tuple[Part, ...]:
-    far, near = plan.constants.far, plan.constants.near
-    if tile.side is not None and far[tile.side] is not None:
+def _far_of(plan: Plan, tile: Tile) -> tuple[Far, ...]:
+    if plan.constants is None or plan.key_everywhere or not tile.relative:
+        return ()
+    far = plan.constants.far
+    if tile.side is not None:
         basis = lax.dynamic_index_in_dim(jnp.asarray(far[tile.side].basis), tile.order, keepdims=False)
-        return (Part(0, tile.width, far=basis, coordinates=tile.side),)
-    before = after = 0  # keys of the local tile on either side of the block's own band, where they have a far form
-    if tile.side is None:
-        before = tile.row if far[2] is not None else 0
-        after = plan.tiles.rows - tile.row - tile.rows if far[3] is not None else 0
-    width = tile.width - before - after
-    table = split_heads(near.rows, 3, num_kv_heads)
-    start = near.first - (tile.first - before + tile.rows - 1)
-    parts = [Part(before, width, near=lax.dynamic_slice_in_dim(table, start, _num_distances(plan, tile, width), -2))]
+        return (Far(basis, tile.side),)
+    # What lies in the local tile on either side of the block's own band.
+    before, after = tile.row, 0 if plan.causal else plan.tiles.rows - tile.row - tile.rows
+    parts = []
     if before:
-        parts.insert(0, Part(0, before, far=far[2].basis[0, -before:], coordinates=2))
+        parts.append(Far(np.pad(far[2].basis[0, -before:], [(0, tile.width - before), (0, 0)]), 2))
     if after:
-        parts.append(Part(before + width, after, far=far[3].basis[0, :after], coordinates=3))
+        parts.append(Far(np.pad(far[3].basis[0, :after], [(tile.width - after, 0), (0, 0)]), 3))
     return tuple(parts)
 
 
-def _num_distances(plan: Plan, tile: Tile, width: int) -> int:
-    """n, distances of the last `width` keys of a tile: U + V - 1 occur, and one more makes the skew; in a causal local
-    tile, those from 0 on.
-    """
-    return width + (0 if plan.causal and tile.side is None else tile.rows)
+def _num_distances(plan: Plan, tile: Tile) -> int:
+    """n, distances of a tile: U + V - 1 occur, and one more makes the skew; in a causal local tile, those from 0 on."""
+    return tile.width + (0 if plan.causal and tile.side is None else tile.rows)
 
 
 def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array:
@@ -263,38 +267,48 @@ def _all_keys_exist(plan: Plan, tile: Tile) -> bool:
     return rows % keys == 0 and (plan.offset - plan.tiles.band) % keys == 0
 
 
-def by_key(G: jax.Array, tile: Tile, width: int, after: float) -> jax.Array:
-    """[.., G, U or 1, n] by distance -> [.., V, G, U] by key, of the last `width` keys of a tile or all of them.
-
-    `after` goes to keys after the query in a causal local tile.
-    """
-    *lead, _, available = G.shape
-    padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, width + tile.rows - available)], constant_values=after)
-    return jnp.moveaxis(_skew(jnp.broadcast_to(padded, (*lead, tile.rows, padded.shape[-1])), width), -1, -3)
+def by_key(G: jax.Array, tile: Tile, after: float) -> jax.Array:
+    """[.., G, U or 1, n] by distance -> [.., V, G, U] by key; causal local tiles have `after` past the query."""
+    G = jnp.broadcast_to(G, (*G.shape[:-2], tile.rows, G.shape[-1]))
+    return jnp.moveaxis(skew(G, tile.width, after), -1, -3)
 
 
 def by_distance(plan: Plan, x: jax.Array, tile: Tile) -> jax.Array:
     """[.., V, G, U] by key -> [.., G, U, n] by distance: the transpose of `by_key`."""
-    return _unskew(jnp.moveaxis(x, -3, -1))[..., : _num_distances(plan, tile, x.shape[-3])]
+    return _unskew(jnp.moveaxis(x, -3, -1))[..., : _num_distances(plan, tile)]
 
 
 def letters(table: jax.Array) -> str:
     return "kgec" if table.ndim == 4 else "ec"
 
 
+def band_start(plan: Plan, tile: Tile) -> int | None:
+    """Where in a tile the band begins that `Rows.near` is for; None where it has none."""
+    return tile.row if tile.side is None and plan.constants is not None and not plan.key_everywhere else None
+
+
 def scores_of(plan: Plan, row: Rows, view: View, tile: Tile) -> jax.Array:
     """Scores [B, K, V, G, U] in float32, not scaled, -inf where hidden."""
-    scores = einsum("bkvd,bkdgu->bkvgu", view.keys.key, row.query)
-    position = []
-    for part in view.parts:
-        if part.far is not None:
-            position.append(einsum("vr,bkrgu->bkvgu", part.far, row.far[part.coordinates]))
-        else:
-            G = einsum(f"bkcgu,{letters(part.near)}->bkgue", row.near, part.near)
-            position.append(by_key(G, tile, part.width, -jnp.inf))
-    if position:
-        scores += position[0] if len(position) == 1 else jnp.concatenate(position, axis=2)
+    scores = einsum("bkvd,bkdgu->bkvgu", with_far(view.keys.key, view), query_with_far(row, view))
+    if (start := band_start(plan, tile)) is not None:
+        rest = tile.width - start - row.near.shape[2]
+        scores += jnp.pad(row.near, [(0, 0), (0, 0), (start, rest), (0, 0), (0, 0)])
+    if view.table is not None:
+        G = einsum(f"bkcgu,{letters(view.table)}->bkgue", row.position, view.table)
+        scores += by_key(G, tile, -jnp.inf)
     if view.bias is not None:
         bias = view.bias[None, :, :, None, :].astype(jnp.float32)
-        scores += by_key(bias, tile, tile.width, -jnp.inf)
+        scores += by_key(bias, tile, -jnp.inf)
     return scores if view.visible is None else jnp.where(view.visible, scores, -jnp.inf)
+
+
+def with_far(key_BxKxVxD: jax.Array, view: View) -> jax.Array:
+    """Keys with the far bases as more head dimensions, [B, K, V, D + R]."""
+    far = (jnp.broadcast_to(far.basis, (*key_BxKxVxD.shape[:2], *far.basis.shape)) for far in view.far)
+    return jnp.concatenate([key_BxKxVxD, *(x.astype(key_BxKxVxD.dtype) for x in far)], axis=3)
+
+
+def query_with_far(row: Rows, view: View) -> jax.Array:
+    """The queries that go with them, [B, K, D + R, G, U]."""
+    far = (row.far[far.coordinates].astype(row.query.dtype) for far in view.far)
+    return jnp.concatenate([row.query, *far], axis=2)
