@@ -15,7 +15,8 @@ class PositionAttention(nnx.Module):
         nnx.MultiHeadAttention(8, 512, attention_fn=PositionAttention(method), decode=False, rngs=rngs)
 
     It is a part of the module that it is given to, and what the method learns lies in `attention_fn.position` there.
-    One instance given to several layers is one set of parameters for them all (as in T5).
+    One instance given to several layers is one set of parameters for them all (as in T5), under `nnx.jit` and
+    `nnx.split` as any shared NNX module is; `jax.jit` takes a module for a tree, where nothing is shared, and fails.
 
     - Causality: `causal=True` here, or `is_causal=True` in the module's call.
     - Padding: a mask [batch.., 1, 1, S] in the module's call, True for keys that are no padding. Nothing quadratic is
