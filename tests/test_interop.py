@@ -292,6 +292,11 @@ def test_input_positions():
     close(out, expected)
     with pytest.raises(UserError, match="input_positions that are traced may have gaps"):
         jax.jit(lambda p: kind()(q, k, v, input_positions=p))(positions)
+    # Known while tracing to be consecutive: linear memory; "tiled" would refuse them otherwise.
+    for positions in (np.tile(3 + np.arange(T), (B, 1)), jnp.arange(T) + 3):
+        fn = kind(backend="tiled")
+        out = quick_jit(lambda q, k, v, fn=fn, p=positions: fn(q, k, v, input_positions=p))(q, k, v)
+        close(out, oracle.attention(q, k, v, "wavelet"))
     last = quick_jit(kind())(q[:, 4:5], k, v, input_positions=np.array([[4], [4]]))
     close(last, oracle.attention(q, k, v, "wavelet")[:, 4:5])
 

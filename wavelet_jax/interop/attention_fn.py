@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
@@ -79,7 +80,10 @@ def attend(
         mask = _one_batch_axis(mask.astype(bool), batch, 3)
     query_positions = key_positions = None
     if input_positions is not None:
-        if isinstance(input_positions, jax.core.Tracer) and num_queries > 1 and backend == "auto":
+        if not isinstance(input_positions, jax.core.Tracer):
+            # NumPy stays a constant under jit, so that attention() sees whether positions are consecutive.
+            input_positions = np.asarray(input_positions)
+        elif num_queries > 1 and backend == "auto":
             raise UserError(
                 "input_positions that are traced may have gaps, which needs the full score matrix: give NumPy ones, or "
                 "PositionAttention backend='reference' (memory quadratic in length)"
@@ -130,7 +134,8 @@ def _one_batch_axis(x: jax.Array, batch: tuple[int, ...], rest: int) -> jax.Arra
         raise UserError(f"a mask or positions of shape {x.shape} do not go with queries of batch {batch}")
     if math.prod(lead) == 1:
         return x.reshape(1, *own)
-    return jnp.broadcast_to(x, (*batch, *own)).reshape(-1, *own)
+    numpy = np if isinstance(x, np.ndarray) else jnp
+    return numpy.broadcast_to(x, (*batch, *own)).reshape(-1, *own)
 
 
 def _last_visible(mask_BxHx1xS: jax.Array, num_keys: int) -> jax.Array:
