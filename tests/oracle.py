@@ -199,6 +199,7 @@ def attention(
     query_segments=None,  # [B, T]
     key_segments=None,  # [B, S]
     window: int | None = None,
+    mask=None,  # [B, H, T, S]
 ) -> np.ndarray:
     """Softmax attention, one query and one key at a time; zeros for a query that sees no key. [B, T, H, D]."""
     options = options or {}
@@ -219,6 +220,8 @@ def attention(
                     if window is not None and abs(m - n) >= window:
                         continue
                     if query_segments is not None and query_segments[b][i] != key_segments[b][j]:
+                        continue
+                    if mask is not None and not mask[b][h][i][j]:
                         continue
                     scores.append(score(method, options, params, h, num_heads, query[b, i, h], key[b, j, kv], m, n))
                     values.append(value(method, options, params, value_[b, j, kv], m, n))

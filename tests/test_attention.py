@@ -122,6 +122,52 @@ def test_segments(backend):
     np.testing.assert_allclose(out[0, 3], v[0, 3], rtol=0, atol=1e-6)  # the first of its document
 
 
+MASKS = {  # of padding, with the shapes that it may come in
+    "row by row": np.array([[1, 1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 1, 1, 1, 1]], bool).reshape(B, 1, 1, T),
+    "one row": np.array([1, 1, 0, 1, 1, 0, 1, 0], bool),
+    "nothing": np.zeros((1, 1, 1, 1), bool),
+}
+SCATTERED = np.random.default_rng(7).random((B, H, T, T)) < 0.6
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", MASKS)
+def test_padding_masks(name, causal, backend):
+    q, k, v = qkv()
+    slow = {"causal": causal, "mask": np.broadcast_to(MASKS[name], (B, H, T, T))}
+    out = against_the_loop(q, k, v, mask=MASKS[name], causal=causal, slow=slow, backend=backend)
+    assert not np.allclose(out, attend(q, k, v, wavelet_terms(), causal=causal, backend=backend), atol=0.1)
+
+
+@every_backend
+@pytest.mark.parametrize("ids", [[0, 1], [255, 254], [-1, 0]])
+def test_padding_masks_with_segments(ids, backend):
+    """Whatever the ids of the segments are, of a short type too, padded keys are in none of them."""
+    q, k, v = qkv()
+    segments = np.array(ids, np.uint8 if min(ids) >= 0 else np.int8)[
+        [[0, 0, 0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1]]
+    ]
+    mask = MASKS["row by row"]
+    slow = {"query_segments": segments, "key_segments": segments, "mask": np.broadcast_to(mask, (B, H, T, T))}
+    against_the_loop(q, k, v, mask=mask, segment_ids=segments, slow=slow, backend=backend)
+
+
+@every_backend
+@pytest.mark.parametrize("part", ["all", "one head", "one row of queries", "no batch"])
+def test_any_mask(part, backend):
+    """By "reference" alone, and by that only where it is named."""
+    q, k, v = qkv(kv_heads=2)
+    cut = {"all": (), "one head": np.s_[:, :1], "one row of queries": np.s_[:, :, :1], "no batch": np.s_[0, 0]}[part]
+    mask = SCATTERED[cut]
+    for name in {"auto", backend} - {"reference"}:
+        with pytest.raises(UserError, match=r"a mask that differs by head or query .* name backend='reference'"):
+            attention(q, k, v, NOPE, mask=mask, backend=name)
+    if backend == "reference":
+        slow = {"mask": np.broadcast_to(mask, (B, H, T, T)), "window": 6}
+        against_the_loop(q, k, v, mask=mask, window=6, slow=slow, backend=backend)
+
+
 @every_backend
 def test_positions_left_out_are_0_1_2(backend):
     q, k, v = qkv()
@@ -329,6 +375,9 @@ def test_shapes_refused(shapes, message):
         ({"query_positions": 0.5}, r"query_positions must be integers .* or one integer, the first of .*, not float64"),
         ({"key_positions": np.zeros((3, T), int)}, r"key_positions must be .* not int.* of shape \(3, 8\)"),
         ({"key_positions": np.arange(8.0)}, r"key_positions must be integers .*not float64 of shape \(8,\)"),
+        ({"mask": np.ones((T, T))}, r"mask must be bool .* = \(2, 4, 8, 8\), not float64 of shape \(8, 8\)"),
+        ({"mask": np.ones((B, T), bool)}, r"mask must be bool .*, not bool of shape \(2, 8\)"),
+        ({"mask": np.ones((1, B, H, T, T), bool)}, r"mask must be bool .*, not bool of shape \(1, 2, 4, 8, 8\)"),
         ({"segment_ids": np.zeros(T, int)}, r"segment_ids must be \[B, T\] = \(2, 8\) .*not \(8,\) and \(8,\)"),
         ({"segment_ids": (np.zeros((B, T), int), np.zeros((B, 3), int))}, r"segment_ids must be .*\(2, 3\)"),
     ],

@@ -32,6 +32,7 @@ def attention(
     key_positions: jax.Array | None = None,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     window: int | None = None,
+    mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     backend: str = "auto",
@@ -50,6 +51,9 @@ def attention(
         hidden by the causal mask. "tiled" takes consecutive positions only: scalars, or arrays that are not traced.
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
+      mask: bool, broadcastable to [B, H, T, S]: False hides a key, beside what the arguments above hide. One of shape
+        [B, 1, 1, S], the same for all heads and queries, is padding, and every backend carries it. Any other is carried
+        by "reference" alone, and only where that is named: "auto" is there for linear memory, and refuses.
       dropout_rate, dropout_key: dropout on the attention probabilities.
       backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length, and
         "tiled" computes the same in linear memory. "auto" takes "tiled" for long sequences, where it can.
@@ -90,6 +94,15 @@ def attention(
                 f"segment_ids must be [B, T] = ({batch}, {num_queries}) with T = S, or a pair of that and "
                 f"[B, S] = ({batch}, {num_keys}), not {query_segments.shape} and {key_segments.shape}"
             )
+    if mask is not None:
+        mask = _mask(mask, (batch, num_heads, num_queries, num_keys))
+        if mask.shape[1:3] == (1, 1):
+            segment_ids, mask = _hide(mask[:, 0, 0], segment_ids, (batch, num_queries, num_keys)), None
+        elif backend != "reference":
+            raise UserError(
+                "a mask that differs by head or query needs the full score matrix: name backend='reference' "
+                "(memory quadratic in length), or say it by causal, window, segment_ids and a padding mask [B, 1, 1, S]"
+            )
     consecutive = query_start is not None and key_start is not None
     backend = _choose(backend, num_queries * num_keys, consecutive, dropout_rate)
 
@@ -118,6 +131,9 @@ def attention(
                 visible &= jnp.abs(distance) < window
             if segment_ids is not None:
                 visible = visible & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])
+            visible = visible[..., None, :, :]  # [1, T, S] or [B, 1, T, S]
+            if mask is not None:
+                visible = visible & mask
             group = num_heads // num_kv_heads
             return reference.attention(
                 query_BxTxHxD,
@@ -156,6 +172,31 @@ def _positions(
     if (positions == np.arange(start, start + length)).all():
         return jnp.arange(start, start + length, dtype=jnp.int32), start
     return jnp.asarray(positions), None
+
+
+def _mask(mask: jax.Array, scores: tuple[int, int, int, int]) -> jax.Array:
+    """The mask with four axes, each of length 1 or as in the scores [B, H, T, S]."""
+    shape = (1,) * (4 - mask.ndim) + mask.shape
+    fits = len(shape) == 4 and all(have in (1, want) for have, want in zip(shape, scores, strict=True))
+    if mask.dtype != bool or not fits:
+        raise UserError(
+            f"attention's mask must be bool (True: visible), broadcastable to [B, H, T, S] = {scores}, "
+            f"not {mask.dtype} of shape {mask.shape}"
+        )
+    return mask.reshape(shape)
+
+
+def _hide(
+    kept: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None, sizes: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Segment ids ([B, T], [B, S]) by which no query sees a key where `kept`, [B or 1, S or 1], is False."""
+    batch, num_queries, num_keys = sizes
+    kept = jnp.broadcast_to(kept, (batch, num_keys))
+    if segment_ids is None:
+        return jnp.zeros((batch, num_queries), jnp.int32), jnp.where(kept, 0, 1).astype(jnp.int32)
+    query_segments, key_segments = (jnp.asarray(ids).astype(jnp.int32) for ids in segment_ids)
+    # A segment that no query is in; were the largest id 2^31 - 1, it would wrap to -2^31, still no id in use.
+    return query_segments, jnp.where(kept, key_segments, jnp.max(query_segments, initial=0) + 1)
 
 
 def _choose(backend: str, scores: int, consecutive: bool, dropout_rate: float) -> str:

@@ -31,7 +31,7 @@ def attention(
       value_BxSxHxD: values.
       terms: what the position method adds.
       distance: query position minus key position, [T, S] or [B, T, S], int32.
-      visible: which keys a query may see, broadcastable to [B, T, S].
+      visible: which keys a query may see, broadcastable to [B, H, T, S].
       dropout_rate, dropout_key: dropout on the attention probabilities.
 
     Returns:
@@ -56,8 +56,7 @@ def attention(
             scores_BxHxTxS += jnp.moveaxis(bias, 1, 0) if batch else bias
 
     with jax.named_scope("softmax"):
-        visible_Bx1xTxS = jnp.expand_dims(visible, -3)
-        scores_BxHxTxS = jnp.where(visible_Bx1xTxS, scores_BxHxTxS, -jnp.inf)
+        scores_BxHxTxS = jnp.where(visible, scores_BxHxTxS, -jnp.inf)
         # A query that sees nothing has a row of -inf only; 0 for its maximum and 1 for its sum keep NaN out.
         highest = jax.lax.stop_gradient(jnp.max(scores_BxHxTxS, axis=-1, keepdims=True))
         weights = jnp.exp(scores_BxHxTxS - jnp.where(jnp.isfinite(highest), highest, 0))
