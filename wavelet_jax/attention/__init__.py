@@ -8,12 +8,18 @@ import numpy as np
 from absl import logging
 
 from wavelet_jax.attention import reference, tiled
+from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
 
 __all__ = ["BACKENDS", "attention"]
 
-BACKENDS = ("reference", "tiled")
+# What a backend would need a call to be, and is not; empty where it carries the call.
+OBSTACLES = {"reference": lambda call: [], "tiled": tiled.obstacles}
+BACKENDS = tuple(OBSTACLES)
+
+# "auto" takes the first of these that carries the call, or else the definition.
+PREFERRED = ("tiled",)
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
@@ -66,7 +72,7 @@ def attention(
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
     _check_shapes(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
-    (batch, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     if (query_positions is None or key_positions is None) and num_queries != num_keys:
         raise UserError(
             f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
@@ -91,7 +97,22 @@ def attention(
                 f"[B, S] = ({batch}, {num_keys}), not {query_segments.shape} and {key_segments.shape}"
             )
     consecutive = query_start is not None and key_start is not None
-    backend = _choose(backend, num_queries * num_keys, consecutive, dropout_rate)
+    call = Call(
+        terms=terms,
+        queries=num_queries,
+        keys=num_keys,
+        heads=num_heads,
+        kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=query_BxTxHxD.dtype,
+        offset=query_start - key_start if consecutive else None,
+        causal=causal,
+        window=window,
+        segments=segment_ids is not None,
+        dropout=dropout_rate > 0,
+        far_tolerance=far_tolerance,
+    )
+    backend = _choose(backend, call)
 
     if terms.rotate is not None:
         with jax.named_scope("rotate"):
@@ -105,7 +126,7 @@ def attention(
                 key_BxSxKxD,
                 value_BxSxKxD,
                 terms,
-                offset=query_start - key_start,
+                offset=call.offset,
                 causal=causal,
                 segment_ids=segment_ids,
                 window=window,
@@ -158,25 +179,24 @@ def _positions(
     return jnp.asarray(positions), None
 
 
-def _choose(backend: str, scores: int, consecutive: bool, dropout_rate: float) -> str:
+def _choose(backend: str, call: Call) -> str:
     """The backend of a call; raises `UserError` for what a named one cannot carry."""
-    obstacles = []
-    if not consecutive:
-        obstacles.append("consecutive positions (leave them out, give scalars, or give arrays that are not traced)")
-    if dropout_rate > 0:
-        obstacles.append("no attention dropout")
-    if backend == "tiled" and obstacles:
-        raise UserError(f"the tiled backend needs {' and '.join(obstacles)}: use backend='reference'")
     if backend != "auto":
+        if found := OBSTACLES[backend](call):
+            raise UserError(f"the {backend} backend needs {' and '.join(found)}: use backend='auto'")
         return backend
-    if obstacles:
-        chosen, reason = "reference", f"tiled needs {' and '.join(obstacles)}"
-    elif scores < TILED_FROM:
-        chosen, reason = "reference", f"fewer than {TILED_FROM} scores a head"
+    passed = []
+    for name in PREFERRED:
+        found = OBSTACLES[name](call)
+        if not found and call.queries * call.keys < TILED_FROM:
+            found = [f"at least {TILED_FROM} scores a head to be worth it"]
+        if not found:
+            break
+        passed.append(f"{name} needs {' and '.join(found)}")
     else:
-        chosen, reason = "tiled", f"at least {TILED_FROM} scores a head: linear memory"
-    _say_once(f"attention backend: {chosen} ({reason})")
-    return chosen
+        name = "reference"
+    _say_once(f"attention backend: {name}" + (f" ({'; '.join(passed)})" if passed else ""))
+    return name
 
 
 @functools.cache
