@@ -1,11 +1,13 @@
 """Flash kernels: the arrays they read, and the kernels themselves, against the definition and float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 
 from wavelet_jax import positions
 from wavelet_jax.attention import prepared
@@ -45,7 +47,7 @@ def test_arrays_hold_every_position_score_once(case):
     made = prepared.prepare(call, SMALL)
     layout, U, V = made.layout, SMALL.rows, SMALL.keys
     query, key = (jax.random.normal(jax.random.key(0), (1, length, heads, 16)) for length, heads in ((T, 4), (S, 2)))
-    arrays = prepared.arrays_of(made, query, None, key, key)
+    arrays = jax.tree.map(np.asarray, quick_jit(functools.partial(prepared.arrays_of, made))(query, None, key, key))
     np.testing.assert_array_equal(arrays.key_BxKxSxD[:, :, layout.first_key : layout.end_key], key.swapaxes(1, 2))
 
     scores = np.zeros((4, layout.row_tiles * U, layout.key_tiles * V))
@@ -80,8 +82,14 @@ def test_arrays_hold_every_position_score_once(case):
 def test_arrays_know_what_they_cannot_carry():
     def needs(name: str, options=None, **changes) -> str:
         method = positions.make(name, num_heads=4, head_dim=16, **(options or {}))
-        call = Call(method.terms(method.init(jax.random.key(0))), 90, 90, 4, 2, 16, jnp.float32, 0)
-        return " and ".join(prepared.obstacles(dataclasses.replace(call, **changes), SMALL))
+        found = []
+
+        def traced(params):  # what is learned is traced
+            call = Call(method.terms(params), 90, 90, 4, 2, 16, jnp.float32, 0)
+            found.extend(prepared.obstacles(dataclasses.replace(call, **changes), SMALL))
+
+        jax.eval_shape(traced, method.init(jax.random.key(0)))
+        return " and ".join(found)
 
     assert needs("wavelet") == needs("rope") == needs("nope") == ""
     assert "consecutive positions" in needs("rope", offset=None)
