@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from wavelet_jax.attention import reference, tiled
+from wavelet_jax.attention import pallas_tpu, reference, tiled
 from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -15,11 +15,11 @@ from wavelet_jax.positions.terms import Terms
 __all__ = ["BACKENDS", "attention"]
 
 # What a backend would need a call to be, and is not; empty where it carries the call.
-OBSTACLES = {"reference": lambda call: [], "tiled": tiled.obstacles}
+OBSTACLES = {"reference": lambda call: [], "tiled": tiled.obstacles, "pallas_tpu": pallas_tpu.obstacles}
 BACKENDS = tuple(OBSTACLES)
 
 # "auto" takes the first of these that carries the call, or else the definition.
-PREFERRED = ("tiled",)
+PREFERRED = ("pallas_tpu", "tiled")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
@@ -120,6 +120,8 @@ def attention(
             key_BxSxKxD = terms.rotate(key_BxSxKxD, key_positions)
 
     match backend:
+        case "pallas_tpu":
+            return pallas_tpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "tiled":
             return tiled.attention(
                 query_BxTxHxD,

@@ -103,6 +103,18 @@ class Layout:
             return min(max(end, 0), self.key_tiles)
         return jnp.clip(end, 0, self.key_tiles)
 
+    def first_row_tile(self, j: int | jax.Array) -> int | jax.Array:
+        """The first query tile that sees key tile j; may lie outside of 0 .. N - 1."""
+        return (j - self.origin) // self.own_tiles if self.causal else 0
+
+    def near_row_tiles(self, j: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first and the last query tile whose local band holds key tile j, or those next to them in 0 .. N - 1."""
+        first, last = (
+            jnp.clip((j - self.origin + shift) // self.own_tiles, 0, self.row_tiles - 1)
+            for shift in (-self.band[1], self.band[0])
+        )
+        return first, last
+
     def basis_tile(self, i: int | jax.Array, j: int | jax.Array) -> int | jax.Array:
         """The tile of the basis for query tile i and key tile j; meaningful where `is_far` holds."""
         away = j - self.band_start(i)
