@@ -1,8 +1,8 @@
 """Flash attention for TPUs in Pallas, forward and backward, with wavelets in the scores; `prepared` has the plan.
 
-Scores live in the chip's vector memory only, one tile of queries and keys at a time, with an online softmax (Dao et al.,
-arXiv 2205.14135). The backward pass has them again from the logarithm of their sums: one kernel goes along a row of
-tiles for the gradients of the queries, near scores and far coordinates, and one along a column for keys and values.
+Scores live in the chip's vector memory only, one tile of queries and keys at a time, with an online softmax (Dao et
+al., arXiv 2205.14135). The backward pass has them again from the logarithm of their sums: one kernel goes along a row
+of tiles for the gradients of queries, near scores and far coordinates, and one along a column for keys and values.
 Grouped queries read their keys by index; nothing is repeated in memory.
 """
 
@@ -178,7 +178,8 @@ def _forward(interpret: bool, layout: Layout, basis: np.ndarray | None, arrays: 
             jax.ShapeDtypeStruct((batch, heads, length, dim), arrays.value_BxKxSxD.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ),
-        [pltpu.VMEM((layout.rows, columns), jnp.float32) for columns in (1, 1, dim)],
+        cost=_cost(layout, arrays, 2),
+        scratch=tuple(pltpu.VMEM((layout.rows, columns), jnp.float32) for columns in (1, 1, dim)),
     )
     return out, logsumexp[:, :, 0]
 
@@ -247,6 +248,7 @@ def _backward_rows(interpret: bool, layout: Layout, basis, arrays: Arrays, resul
         specs | {"d_out": specs["query"], "logsumexp": _per_row(layout), "delta": _per_row(layout)},
         ({name: specs[name] for name in of_queries},),
         ({name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in of_queries.items()},),
+        cost=_cost(layout, arrays, 3),
     )[0]
 
 
@@ -261,7 +263,7 @@ def _row_inputs(layout: Layout, basis: np.ndarray | None, arrays: Arrays) -> tup
         return pl.BlockSpec((None, None, layout.rows, columns), lambda b, h, i, j: (b, h, i, 0))
 
     per_key = pl.BlockSpec(
-        (None, None, layout.keys, dim), lambda b, h, i, j: (b, h // layout.group, last_seen(i, j), 0)
+        (None, None, layout.keys, dim), lambda b, h, i, j: (b, lax.div(h, layout.group), last_seen(i, j), 0)
     )
     inputs = {"query": arrays.query_BxHxTxD, "key": arrays.key_BxKxSxD, "value": arrays.value_BxKxSxD}
     specs = {"query": per_query(dim), "key": per_key, "value": per_key}
@@ -353,10 +355,23 @@ def _backward_columns(interpret: bool, layout: Layout, basis, arrays: Arrays, re
         specs,
         (per_key, per_key),
         (jax.ShapeDtypeStruct((batch, kv_heads, length, dim), jnp.float32),) * 2,
+        cost=_cost(layout, arrays, 4),
     )
 
 
-def _call(interpret: bool, kernel, name: str, grid: tuple, inputs: dict, specs: dict, out_specs, out_shape, scratch=()):
+def _call(
+    interpret: bool,
+    kernel: Callable,
+    name: str,
+    grid: tuple[int, ...],
+    inputs: dict,
+    specs: dict,
+    out_specs: tuple,
+    out_shape: tuple,
+    *,
+    cost: pl.CostEstimate,
+    scratch: tuple = (),
+):
     """`pl.pallas_call` with inputs by name; the first three axes of a grid are independent."""
     return pl.pallas_call(
         kernel,
@@ -364,8 +379,21 @@ def _call(interpret: bool, kernel, name: str, grid: tuple, inputs: dict, specs: 
         in_specs=[{name: specs[name] for name in inputs}],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=list(scratch),
+        scratch_shapes=scratch,
+        cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)),
         interpret=interpret,
         name=name,
     )(inputs)
+
+
+def _cost(layout: Layout, arrays: Arrays, products: int) -> pl.CostEstimate:
+    """What XLA cannot see inside of a kernel: `products` of a tile's scores with D columns; keys come for every row."""
+    batch, heads, _, dim = arrays.query_BxHxTxD.shape
+    scores = batch * heads * layout.rows * layout.keys * sum(layout.end(i) for i in range(layout.row_tiles))
+    read = sum(array.nbytes for array in arrays if array is not None)
+    return pl.CostEstimate(
+        flops=2 * scores * dim * products,
+        transcendentals=scores,
+        bytes_accessed=read + 2 * scores // layout.rows * dim * arrays.key_BxKxSxD.dtype.itemsize,
+    )

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from wavelet_jax.attention import factors, tiled
 from wavelet_jax.attention.call import Call, consecutive_only
@@ -105,12 +106,12 @@ class Layout:
 
     def first_row_tile(self, j: int | jax.Array) -> int | jax.Array:
         """The first query tile that sees key tile j; may lie outside of 0 .. N - 1."""
-        return (j - self.origin) // self.own_tiles if self.causal else 0
+        return _floor_divide(j - self.origin, self.own_tiles) if self.causal else 0
 
     def near_row_tiles(self, j: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         """The first and the last query tile whose local band holds key tile j, or those next to them in 0 .. N - 1."""
         first, last = (
-            jnp.clip((j - self.origin + shift) // self.own_tiles, 0, self.row_tiles - 1)
+            jnp.clip(_floor_divide(j - self.origin + shift, self.own_tiles), 0, self.row_tiles - 1)
             for shift in (-self.band[1], self.band[0])
         )
         return first, last
@@ -133,6 +134,14 @@ class Layout:
         away = j - self.band_start(i)
         past = away - self.band_tiles
         return ((away >= -self.reach[0]) & (away < 0)) | ((past >= 0) & (past < self.reach[1]))
+
+
+def _floor_divide(x: int | jax.Array, n: int) -> int | jax.Array:
+    """x // n in operations that kernels have at compile time (`//` on a traced x asks for the device's kind)."""
+    if isinstance(x, int) or n == 1:
+        return x // n if isinstance(x, int) else x
+    remainder = lax.rem(x, n)
+    return lax.div(x - jnp.where(remainder < 0, remainder + n, remainder), n)
 
 
 class Arrays(NamedTuple):
