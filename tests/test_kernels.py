@@ -147,6 +147,17 @@ def test_equals_the_definition(name, situation, small_tiles):
     assert_same(by_kernel(method, *arrays, **options), expected, FLOAT32)
 
 
+def test_a_part_of_the_heads_at_a_time(small_tiles, monkeypatch):
+    """Where near scores are large; the numbers are the same."""
+    method = positions.make("wavelet", num_heads=4, head_dim=32)
+    arrays = inputs(40, 40)
+    expected = value_and_gradients("reference", method, {}, *arrays)
+    monkeypatch.setattr(prepared, "NEAR_BYTES", 2**10)
+    call = Call(method.terms({}), 40, 40, 4, 2, 32, jnp.float32, 0)
+    assert prepared._parts(prepared.prepare(call, SMALL), 2, 2) == 2
+    assert_same(by_kernel(method, *arrays), expected, FLOAT32)
+
+
 @slow
 @pytest.mark.parametrize("first_exponent", [0, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -258,7 +269,7 @@ def test_auto_takes_the_kernel_on_a_tpu_only(monkeypatch):
 @pytest.mark.parametrize(("name", "causal"), [("wavelet", True), ("wavelet", False), ("rope", True)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_compiles_for_a_tpu(dtype, name, causal, chip, monkeypatch):
-    """Forward and backward through the TPU's own compiler, which needs libtpu and no TPU (`pip install -e '.[tpu]'`)."""
+    """Forward and backward through the TPU's own compiler, which needs libtpu (the extra `tpu`) and no TPU."""
     pytest.importorskip("libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies

@@ -57,14 +57,15 @@ def attention(
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       dropout_rate, dropout_key: dropout on the attention probabilities.
-      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length, and
-        "tiled" computes the same in linear memory. "auto" takes "tiled" for long sequences, where it can.
-      far_tolerance: of "tiled": no entry of a constant `relative_keys` is wrong by more than this; None for
+      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
+        computes the same in linear memory, and "pallas_tpu" in a kernel. "auto" takes the kernel or the tiles for long
+        sequences, where they can.
+      far_tolerance: of all but "reference": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
-      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; "tiled" rounds the
-      softmax weights to the value's dtype for their product with it.
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; all but "reference" round
+      the softmax weights to the value's dtype for their product with it.
 
     Raises:
       UserError: shapes that do not fit, an unknown backend, or what a named backend cannot carry.

@@ -289,7 +289,7 @@ def _basis_block(layout: Layout, basis: np.ndarray, tiles_of: Callable) -> pl.Bl
     return pl.BlockSpec((None, *basis.shape[1:]), index)
 
 
-def _in_band(layout: Layout, i: jax.Array, j: jax.Array) -> pl.Slice:
+def _in_band(layout: Layout, i: jax.Array, j: jax.Array):
     """The columns of key tile j in the local band of query tile i."""
     return pl.ds(pl.multiple_of((j - layout.band_start(i)) * layout.keys, layout.keys), layout.keys)
 

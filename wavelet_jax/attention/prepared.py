@@ -39,6 +39,10 @@ MASKED = -1e30
 # (Haar's within its support): past this the memory is better spent on `tiled`.
 MAX_BAND = 2048
 
+# Bytes of near scores to have at once, as far as taking the key heads in parts allows: with their gradients and copies
+# on the way they need about five times that. Sequences that are so long keep a chip busy with one head.
+NEAR_BYTES = 2**27
+
 # Columns of the far form come in multiples of this: the least that matrix units of GPUs sum over in bfloat16.
 FAR_COLUMNS = 16
 
@@ -249,8 +253,30 @@ def attention(
         content = (query_BxTxHxD + terms.content_bias).astype(query_BxTxHxD.dtype)
     if terms.relative_keys is not None and (terms.content_bias is not None or terms.position_bias is not None):
         position = query_BxTxHxD if terms.position_bias is None else query_BxTxHxD + terms.position_bias
-    out_BxHxTxD = _attend(kernel, prepared, content, position, key_BxSxKxD, value_BxSxKxD)
+    inputs = content, position, key_BxSxKxD, value_BxSxKxD
+    parts = _parts(prepared, query_BxTxHxD.shape[0], key_BxSxKxD.shape[2])
+    if parts == 1:
+        out_BxHxTxD = _attend(kernel, prepared, *inputs)
+    else:
+
+        def split(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x.reshape(*x.shape[:2], parts, -1, x.shape[-1]), 2, 0)
+
+        out = lax.map(lambda part: _attend(kernel, prepared, *part), jax.tree.map(split, inputs))
+        out_BxHxTxD = jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, *out.shape[3:])
     return jnp.moveaxis(out_BxHxTxD, 1, 2)[:, : prepared.queries]
+
+
+def _parts(prepared: Prepared, batch: int, kv_heads: int) -> int:
+    """Parts of the key heads (and of their query heads) to take one after the other; see `NEAR_BYTES`."""
+    layout, constants = prepared.layout, prepared.constants
+    if constants is None or constants.near.rows.ndim == 3:  # tables by head are not cut
+        return 1
+    a_head = 4 * batch * layout.group * layout.row_tiles * layout.rows * layout.band_tiles * layout.keys
+    enough = (
+        parts for parts in range(1, kv_heads) if kv_heads % parts == 0 and a_head * kv_heads <= parts * NEAR_BYTES
+    )
+    return next(enough, kv_heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
