@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import quick_jit
+from conftest import EVERYWHERE, quick_jit
 from flax import linen, nnx
 from jax.extend.core import jaxprs_in_params
 
 import wavelet_jax.interop.linen
 import wavelet_jax.interop.nnx
-from wavelet_jax.attention import BACKENDS
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import make
 
@@ -36,7 +35,7 @@ LEARNS = ("wavelet-trainable", "t5", "shaw-values", "transformer_xl")
 FLAXES = ("nnx", "linen")
 every_case = pytest.mark.parametrize("case", CASES)
 every_flax = pytest.mark.parametrize("flax", FLAXES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", EVERYWHERE)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

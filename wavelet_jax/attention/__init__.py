@@ -7,13 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from wavelet_jax.attention import reference, tiled
+from wavelet_jax.attention import pallas_tpu, reference, tiled
+from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
 
 __all__ = ["BACKENDS", "attention"]
 
-BACKENDS = ("reference", "tiled")
+# What a backend would need a call to be, and is not; empty where it carries the call.
+OBSTACLES = {"reference": lambda call: [], "tiled": tiled.obstacles, "pallas_tpu": pallas_tpu.obstacles}
+BACKENDS = tuple(OBSTACLES)
+
+# "auto" takes the first of these that carries the call, or else the definition.
+PREFERRED = ("pallas_tpu", "tiled")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
@@ -55,14 +61,15 @@ def attention(
         [B, 1, 1, S], the same for all heads and queries, is padding, and every backend carries it. Any other is carried
         by "reference" alone, and only where that is named: "auto" is there for linear memory, and refuses.
       dropout_rate, dropout_key: dropout on the attention probabilities.
-      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length, and
-        "tiled" computes the same in linear memory. "auto" takes "tiled" for long sequences, where it can.
-      far_tolerance: of "tiled": no entry of a constant `relative_keys` is wrong by more than this; None for
+      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
+        computes the same in linear memory, and "pallas_tpu" in a kernel. "auto" takes the kernel or the tiles for long
+        sequences, where they can.
+      far_tolerance: of all but "reference": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
-      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; "tiled" rounds the
-      softmax weights to the value's dtype for their product with it.
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; all but "reference" round
+      the softmax weights to the value's dtype for their product with it.
 
     Raises:
       UserError: shapes that do not fit, an unknown backend, or what a named backend cannot carry.
@@ -70,7 +77,7 @@ def attention(
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
     _check_shapes(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
-    (batch, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     if (query_positions is None or key_positions is None) and num_queries != num_keys:
         raise UserError(
             f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
@@ -104,7 +111,22 @@ def attention(
                 "(memory quadratic in length), or say it by causal, window, segment_ids and a padding mask [B, 1, 1, S]"
             )
     consecutive = query_start is not None and key_start is not None
-    backend = _choose(backend, num_queries * num_keys, consecutive, dropout_rate)
+    call = Call(
+        terms=terms,
+        queries=num_queries,
+        keys=num_keys,
+        heads=num_heads,
+        kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=query_BxTxHxD.dtype,
+        offset=query_start - key_start if consecutive else None,
+        causal=causal,
+        window=window,
+        segments=segment_ids is not None,
+        dropout=dropout_rate > 0,
+        far_tolerance=far_tolerance,
+    )
+    backend = _choose(backend, call)
 
     if terms.rotate is not None:
         with jax.named_scope("rotate"):
@@ -112,13 +134,15 @@ def attention(
             key_BxSxKxD = terms.rotate(key_BxSxKxD, key_positions)
 
     match backend:
+        case "pallas_tpu":
+            return pallas_tpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "tiled":
             return tiled.attention(
                 query_BxTxHxD,
                 key_BxSxKxD,
                 value_BxSxKxD,
                 terms,
-                offset=query_start - key_start,
+                offset=call.offset,
                 causal=causal,
                 segment_ids=segment_ids,
                 window=window,
@@ -199,25 +223,24 @@ def _hide(
     return query_segments, jnp.where(kept, key_segments, jnp.max(query_segments, initial=0) + 1)
 
 
-def _choose(backend: str, scores: int, consecutive: bool, dropout_rate: float) -> str:
+def _choose(backend: str, call: Call) -> str:
     """The backend of a call; raises `UserError` for what a named one cannot carry."""
-    obstacles = []
-    if not consecutive:
-        obstacles.append("consecutive positions (leave them out, give scalars, or give arrays that are not traced)")
-    if dropout_rate > 0:
-        obstacles.append("no attention dropout")
-    if backend == "tiled" and obstacles:
-        raise UserError(f"the tiled backend needs {' and '.join(obstacles)}: use backend='reference'")
     if backend != "auto":
+        if found := OBSTACLES[backend](call):
+            raise UserError(f"the {backend} backend needs {' and '.join(found)}: use backend='auto'")
         return backend
-    if obstacles:
-        chosen, reason = "reference", f"tiled needs {' and '.join(obstacles)}"
-    elif scores < TILED_FROM:
-        chosen, reason = "reference", f"fewer than {TILED_FROM} scores a head"
+    passed = []
+    for name in PREFERRED:
+        found = OBSTACLES[name](call)
+        if not found and call.queries * call.keys < TILED_FROM:
+            found = [f"at least {TILED_FROM} scores a head to be worth it"]
+        if not found:
+            break
+        passed.append(f"{name} needs {' and '.join(found)}")
     else:
-        chosen, reason = "tiled", f"at least {TILED_FROM} scores a head: linear memory"
-    _say_once(f"attention backend: {chosen} ({reason})")
-    return chosen
+        name = "reference"
+    _say_once(f"attention backend: {name}" + (f" ({'; '.join(passed)})" if passed else ""))
+    return name
 
 
 @functools.cache

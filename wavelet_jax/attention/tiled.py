@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.attention import factors
+from wavelet_jax.attention.call import Call, consecutive_only
 from wavelet_jax.attention.sweep import attend
 from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, split_heads
 from wavelet_jax.positions.terms import Terms
@@ -88,7 +89,7 @@ def attention(
     if tiles is None:
         tiles = _choose_tiles(num_queries, num_keys, terms)
     if far_tolerance is None:
-        far_tolerance = FAR_TOLERANCE.get(query_BxTxHxD.dtype.name, FAR_TOLERANCE["float32"])
+        far_tolerance = default_tolerance(query_BxTxHxD.dtype)
     if causal:  # all keys later than all queries are hidden, however much later: keeps int32 sums below from wrapping
         known = not isinstance(offset, jax.Array)
         offset = max(offset, -num_queries) if known else jnp.maximum(offset, -num_queries)
@@ -104,7 +105,7 @@ def attention(
         scale=1 / math.sqrt(head_dim),
     )
     with jax.named_scope("tables"):
-        constants = _constants(plan, terms, far_tolerance)
+        constants = constants_of(plan, terms, far_tolerance)
         separable = constants is not None and constants.near is not None
         plan = dataclasses.replace(
             plan, constants=constants, key_everywhere=terms.relative_keys is not None and not separable
@@ -138,6 +139,15 @@ def attention(
     out_NxBxKxDxGxU = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
     out = einops.rearrange(out_NxBxKxDxGxU, "n b k d g u -> b (n u) (k g) d")
     return out[:, :num_queries]
+
+
+def obstacles(call: Call) -> list[str]:
+    """What the call would need to be for these tiles to carry it; empty where they do."""
+    return consecutive_only(call)
+
+
+def default_tolerance(dtype: jnp.dtype) -> float:
+    return FAR_TOLERANCE.get(jnp.dtype(dtype).name, FAR_TOLERANCE["float32"])
 
 
 def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
@@ -187,7 +197,7 @@ def _distances(plan: Plan, offset: int | jax.Array) -> jax.Array:
     return jnp.clip(first - jnp.arange(count, dtype=jnp.int32), lowest, highest)
 
 
-def _constants(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | None:
+def constants_of(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | None:
     """Factors of a constant `relative_keys`; None where there is none, it is learned, or its reach is not known."""
     if terms.relative_keys is None or _evaluate(terms, 0, 0) is None:
         return None

@@ -1,0 +1,50 @@
+"""One call of attention as a backend judges it, before any array is computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from wavelet_jax.positions.terms import Terms
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """Everything by which a backend may or may not carry a call.
+
+    Attributes:
+      terms: what the position method adds.
+      queries, keys: T and S, tokens.
+      heads, kv_heads, head_dim: H, K and D.
+      dtype: of the queries.
+      offset: position of query 0 less that of key 0: an int, or traced; None: positions are not known to be
+        consecutive.
+      causal, window: as in `wavelet_jax.attention.attention`.
+      segments: whether there are segment ids.
+      dropout: whether attention probabilities are dropped.
+      far_tolerance: as in `wavelet_jax.attention.attention`; None for the backend's own.
+    """
+
+    terms: Terms
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+    offset: int | jax.Array | None
+    causal: bool = True
+    window: int | None = None
+    segments: bool = False
+    dropout: bool = False
+    far_tolerance: float | None = None
+
+
+def consecutive_only(call: Call) -> list[str]:
+    """The obstacles of every backend of tiles."""
+    found = []
+    if call.offset is None:
+        found.append("consecutive positions (leave them out, give scalars, or give arrays that are not traced)")
+    if call.dropout:
+        found.append("no attention dropout")
+    return found
