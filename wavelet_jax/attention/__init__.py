@@ -1,24 +1,34 @@
 """Attention with a position method's `Terms`: one function, one place that chooses what computes it."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from wavelet_jax.attention import reference, tiled
+from wavelet_jax import memory
+from wavelet_jax.attention import decode, reference, tiled
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
 
 __all__ = ["BACKENDS", "attention"]
 
-BACKENDS = ("reference", "tiled")
+BACKENDS = ("reference", "tiled", "decode")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
 # 512, 1.8 and 3.9 times at 1,024; below 256, where they differ little, it compiles faster.
 TILED_FROM = 256 * 256
+
+# "auto" takes `decode` for up to this many queries over more keys: a step of a decoding, or a few drafted tokens.
+DECODE_UP_TO = 16
+
+# "auto" raises where `reference` alone can carry a call, and its arrays of queries x keys would need more than this
+# share of the memory; less than the floor is never refused. The caller may want the rest, and a gradient needs more.
+REFERENCE_SHARE = 0.25
+REFERENCE_FLOOR = 2**28  # bytes
 
 
 def attention(
@@ -47,21 +57,24 @@ def attention(
       query_positions, key_positions: integers in tokens, [T] and [S], or [B, T] and [B, S]; or a scalar, the first of
         consecutive positions (traced, say, in a loop over chunks); 0, 1, 2, .. where left out, which takes T = S.
         With a cache, give the global positions; unfilled slots whose positions lie after every query's are then
-        hidden by the causal mask. "tiled" takes consecutive positions only: scalars, or arrays that are not traced.
+        hidden by the causal mask. "tiled" and "decode" take consecutive positions only: scalars, or arrays that are
+        not traced.
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       dropout_rate, dropout_key: dropout on the attention probabilities.
-      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length, and
-        "tiled" computes the same in linear memory. "auto" takes "tiled" for long sequences, where it can.
-      far_tolerance: of "tiled": no entry of a constant `relative_keys` is wrong by more than this; None for
-        `tiled.FAR_TOLERANCE` of the query's dtype.
+      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length, "tiled"
+        computes the same in linear memory, and "decode" is for few queries. "auto" takes "decode" for up to
+        `DECODE_UP_TO` queries over more keys, and "tiled" for long sequences, where they can.
+      far_tolerance: of "tiled" and "decode": no entry of a constant `relative_keys` is wrong by more than this; None
+        for `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
-      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; "tiled" rounds the
-      softmax weights to the value's dtype for their product with it.
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; "tiled" and "decode"
+      round the softmax weights to the value's dtype for their product with it.
 
     Raises:
-      UserError: shapes that do not fit, an unknown backend, or what a named backend cannot carry.
+      UserError: shapes that do not fit, an unknown backend, what a named backend cannot carry, or what "auto" could
+        compute in quadratic memory only, and more of it than `REFERENCE_SHARE`.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
@@ -91,16 +104,17 @@ def attention(
                 f"[B, S] = ({batch}, {num_keys}), not {query_segments.shape} and {key_segments.shape}"
             )
     consecutive = query_start is not None and key_start is not None
-    backend = _choose(backend, num_queries * num_keys, consecutive, dropout_rate)
+    chosen, obstacles = _choose(backend, num_queries, num_keys, consecutive, dropout_rate)
 
     if terms.rotate is not None:
         with jax.named_scope("rotate"):
             query_BxTxHxD = terms.rotate(query_BxTxHxD, query_positions)
             key_BxSxKxD = terms.rotate(key_BxSxKxD, key_positions)
 
-    match backend:
-        case "tiled":
-            return tiled.attention(
+    match chosen:
+        case "tiled" | "decode":
+            compute = tiled.attention if chosen == "tiled" else decode.attention
+            return compute(
                 query_BxTxHxD,
                 key_BxSxKxD,
                 value_BxSxKxD,
@@ -113,6 +127,8 @@ def attention(
             )
         case "reference":
             distance = query_positions[..., :, None] - key_positions[..., None, :]  # [T, S] or [B, T, S]
+            if obstacles and backend == "auto":
+                _check_memory(reference.array_shapes(batch, num_heads, terms, distance.shape), obstacles)
             visible = distance >= 0 if causal else jnp.ones_like(distance, bool)
             if window is not None:
                 visible &= jnp.abs(distance) < window
@@ -158,25 +174,48 @@ def _positions(
     return jnp.asarray(positions), None
 
 
-def _choose(backend: str, scores: int, consecutive: bool, dropout_rate: float) -> str:
-    """The backend of a call; raises `UserError` for what a named one cannot carry."""
+def _choose(
+    backend: str, num_queries: int, num_keys: int, consecutive: bool, dropout_rate: float
+) -> tuple[str, list[str]]:
+    """The backend of a call, and what keeps it from all others but "reference".
+
+    Raises `UserError` for what a named one cannot carry.
+    """
     obstacles = []
     if not consecutive:
         obstacles.append("consecutive positions (leave them out, give scalars, or give arrays that are not traced)")
     if dropout_rate > 0:
         obstacles.append("no attention dropout")
-    if backend == "tiled" and obstacles:
-        raise UserError(f"the tiled backend needs {' and '.join(obstacles)}: use backend='reference'")
+    if backend in ("tiled", "decode") and obstacles:
+        raise UserError(f"the {backend} backend needs {' and '.join(obstacles)}: use backend='reference'")
     if backend != "auto":
-        return backend
+        return backend, obstacles
+    scores = num_queries * num_keys
     if obstacles:
-        chosen, reason = "reference", f"tiled needs {' and '.join(obstacles)}"
+        chosen, reason = "reference", f"others need {' and '.join(obstacles)}"
+    elif num_queries <= DECODE_UP_TO and num_queries < num_keys:
+        chosen, reason = "decode", f"at most {DECODE_UP_TO} queries"
     elif scores < TILED_FROM:
         chosen, reason = "reference", f"fewer than {TILED_FROM} scores a head"
     else:
         chosen, reason = "tiled", f"at least {TILED_FROM} scores a head: linear memory"
     _say_once(f"attention backend: {chosen} ({reason})")
-    return chosen
+    return chosen, obstacles
+
+
+def _check_memory(shapes: list[tuple[int, ...]], obstacles: list[str]) -> None:
+    """Raises `UserError` where float32 arrays of these shapes need more than `REFERENCE_SHARE` of the memory."""
+    count = sum(4 * math.prod(shape) for shape in shapes)
+    if count <= REFERENCE_FLOOR:
+        return
+    limit, owner = memory.available()
+    if count > REFERENCE_SHARE * limit:
+        raise UserError(
+            f"only the reference backend can compute this, in arrays of queries x keys, "
+            f"{', '.join(str(list(shape)) for shape in shapes)} in float32: {memory.shown(count)}, more than "
+            f"{REFERENCE_SHARE:.0%} of the {memory.shown(limit)} of {owner}. The backends of linear memory need "
+            f"{' and '.join(obstacles)}; backend='reference' computes it as it is"
+        )
 
 
 @functools.cache

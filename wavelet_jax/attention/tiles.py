@@ -122,7 +122,7 @@ def rows_of(plan: Plan, query_NxBxKxGxUxD: jax.Array, position_NxBxKxGxUxD: jax.
 # -- one tile -----------------------------------------------------------------------------------------------------
 
 
-def _skew(G: jax.Array, width: int) -> jax.Array:
+def skew(G: jax.Array, width: int) -> jax.Array:
     """[.., U, U + V] by distance -> [.., U, V] by key: out[u, v] = G[u, U - 1 - u + v].
 
     Read row by row with one column less, the same numbers stand shifted by one a row: no gather.
@@ -132,8 +132,8 @@ def _skew(G: jax.Array, width: int) -> jax.Array:
     return flat.reshape(*lead, rows, columns - 1)[..., rows - 1 : rows - 1 + width]
 
 
-def _unskew(x: jax.Array) -> jax.Array:
-    """The transpose of `_skew`: [.., U, V] by key -> [.., U, U + V] by distance, zeros where no key has it."""
+def unskew(x: jax.Array) -> jax.Array:
+    """The transpose of `skew`: [.., U, V] by key -> [.., U, U + V] by distance, zeros where no key has it."""
     *lead, rows, width = x.shape
     none = [(0, 0)] * len(lead)
     x = jnp.pad(x, [*none, (0, 0), (rows - 1, 0)]).reshape(*lead, rows * (rows + width - 1))
@@ -232,12 +232,12 @@ def by_key(plan: Plan, G: jax.Array, tile: Tile, after: float) -> jax.Array:
     *lead, _, available = G.shape
     missing = tile.width + plan.tiles.rows - available
     padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, missing)], constant_values=after)
-    return _skew(jnp.broadcast_to(padded, (*lead, plan.tiles.rows, padded.shape[-1])), tile.width)
+    return skew(jnp.broadcast_to(padded, (*lead, plan.tiles.rows, padded.shape[-1])), tile.width)
 
 
 def by_distance(plan: Plan, x: jax.Array, tile: Tile) -> jax.Array:
     """[.., U, V] by key -> [.., U, n] by distance: the transpose of `by_key`."""
-    return _unskew(x)[..., : _distances_in(plan, tile)]
+    return unskew(x)[..., : _distances_in(plan, tile)]
 
 
 def letters(table: jax.Array) -> str:
