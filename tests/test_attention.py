@@ -227,8 +227,9 @@ def test_large_scores_stay_finite(backend):
 def test_dtypes(dtype, backend):
     """The value's dtype comes out; sums are float32: one rounding away from float64 on the same numbers.
 
-    "tiled" and "decode" also round the weights, for a product of two operands of one dtype with the values; their total is taken
-    before that, so each w is wrong by half a step of itself, and the output by half a step of the mean of |v|.
+    "tiled" and "decode" also round the weights, for a product of two operands of one dtype with the values; their
+    total is taken before that, so each w is wrong by half a step of itself, and the output by half a step of the mean
+    of |v|.
     """
     q, k, v = (jnp.asarray(x, dtype) for x in qkv())
     # Factors of the position vectors as good as float32: the coarser ones of short dtypes are test_tiled.py's matter.

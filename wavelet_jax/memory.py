@@ -18,8 +18,11 @@ def available() -> tuple[int, str]:
     return sum(limits), f"{len(devices)} x {devices[0].device_kind}"
 
 
-def resident() -> int:
-    """Bytes of the machine's memory that this process holds now; 0 where the system does not say."""
+def in_use() -> int:
+    """Bytes of the memory of `available` that this process holds now; 0 where the system does not say."""
+    stats = [device.memory_stats() or {} for device in jax.devices()]
+    if all("bytes_limit" in each for each in stats):
+        return sum(each.get("bytes_in_use", 0) for each in stats)
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -28,10 +31,10 @@ def resident() -> int:
 
 
 def needed(program: jax.stages.Compiled) -> int:
-    """Bytes of a compiled program's arguments, results and temporary arrays, on each of its devices."""
+    """Bytes of the arguments, results and temporary arrays of a program over all devices, on all of them together."""
     analysis = program.memory_analysis()
     kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return kept + analysis.temp_size_in_bytes
+    return (kept + analysis.temp_size_in_bytes) * jax.device_count()
 
 
 def shown(count: int) -> str:

@@ -69,7 +69,7 @@ def attention(
         scores_BxKxGxTxS = _einsum("btkgd,bskd->bkgts", grouped(query_BxTxHxD, terms.content_bias), key_BxSxKxD)
         if terms.relative_keys is not None:
             query = grouped(query_BxTxHxD, terms.position_bias)
-            near = _near(terms, T + S, causal, window, far_tolerance)
+            near = _near(terms, T + S, causal, far_tolerance)
             if near is None:
                 table, heads = by_kv_head(terms.relative_keys(distances), 3)
                 scores_BxKxGxTxS += skew(_einsum(f"btkgd,{heads}ed->bkgte", query, table), S)
@@ -115,7 +115,7 @@ def _distances(T: int, S: int, offset: jax.Array, causal: bool) -> jax.Array:
     return jnp.clip(offset + (T - 1) - jnp.arange(T + S, dtype=jnp.int32), lowest, highest)
 
 
-def _near(terms: Terms, length: int, causal: bool, window: int | None, tolerance: float) -> factors.Near | None:
+def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> factors.Near | None:
     """A constant relative_keys within its support; None where it is learned, or where that is much past the length.
 
     It does not depend on the offset, so that one program serves every step of a decoding.
@@ -125,8 +125,6 @@ def _near(terms: Terms, length: int, causal: bool, window: int | None, tolerance
     reach = constants.reach(terms, tolerance, margin=1)
     if reach is None or reach > length + FURTHEST_FACTORS:
         return None
-    if window is not None:
-        reach = min(reach, window - 1)
     table = constants.evaluate(terms, reach, -1 if causal else -reach - 1)
     past = np.flatnonzero(np.max(np.abs(table), axis=-1).reshape(-1, table.shape[-2]).max(axis=0) > tolerance)
     highest, lowest = (reach - int(past[0]), reach - int(past[-1])) if past.size else (0, 0)
