@@ -114,7 +114,8 @@ def prepare(config: ConfigDict, workdir: Path, label: str, corpus: Corpus, work:
         short = measure(shortest)
         growth = 2 * (pace.base - short.base) / (longest.length - shortest.length)
         pace = Pace(short.base - growth * shortest.length / 2, growth)
-    return dataclasses.replace(job, pace=pace, bytes=needed)
+    # Timing it took what scoring will take, and an allocator holds more than a program's arrays.
+    return dataclasses.replace(job, pace=pace, bytes=max(needed, memory.peak()))
 
 
 @contextlib.contextmanager
@@ -125,8 +126,10 @@ def progress(job: Job, length: int, title: str) -> Iterator[Callable[[int, int],
         total=job.scoring_seconds(length),
         desc=title,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        smoothing=0,  # what remains is of the time, so the mean rate tells it best
         leave=False,
         mininterval=runs.PROGRESS_INTERVAL,
+        miniters=0,  # one chunk may take longer than many before it
     ) as bar:
         yield lambda start, stop: bar.update(job.pace.seconds(start, stop, batch_size))
 

@@ -1,6 +1,8 @@
 """How much memory there is, and what a compiled program takes of it."""
 
 import os
+import resource
+import sys
 
 import jax
 
@@ -11,23 +13,33 @@ def available() -> tuple[int, str]:
     That of all devices together, since what is split over them is not known while tracing; that of the machine where
     the devices do not say (CPUs).
     """
-    devices = jax.devices()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    if None in limits:
+    if not _devices_say():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
-    return sum(limits), f"{len(devices)} x {devices[0].device_kind}"
+    devices = jax.devices()
+    return sum(device.memory_stats()["bytes_limit"] for device in devices), f"{len(devices)} x {devices[0].device_kind}"
 
 
 def in_use() -> int:
     """Bytes of the memory of `available` that this process holds now; 0 where the system does not say."""
-    stats = [device.memory_stats() or {} for device in jax.devices()]
-    if all("bytes_limit" in each for each in stats):
-        return sum(each.get("bytes_in_use", 0) for each in stats)
+    if _devices_say():
+        return sum(device.memory_stats().get("bytes_in_use", 0) for device in jax.devices())
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def peak() -> int:
+    """The most bytes of the memory of `available` that this process has held."""
+    if _devices_say():
+        return sum(device.memory_stats().get("peak_bytes_in_use", 0) for device in jax.devices())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _devices_say() -> bool:
+    return all("bytes_limit" in (device.memory_stats() or {}) for device in jax.devices())
 
 
 def needed(program: jax.stages.Compiled) -> int:

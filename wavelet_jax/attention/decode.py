@@ -53,6 +53,8 @@ def attention(
     (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     if far_tolerance is None:
         far_tolerance = FAR_TOLERANCE.get(query_BxTxHxD.dtype.name, FAR_TOLERANCE["float32"])
+    if window is not None and not isinstance(offset, jax.Array) and max(offset + T, S - offset) <= window:
+        window = None  # it hides nothing
     if causal:  # all keys later than all queries are hidden, however much later: keeps int32 sums below from wrapping
         offset = jnp.maximum(offset, -T)
     offset = jnp.asarray(offset, jnp.int32)
