@@ -2,6 +2,8 @@
 
     python eval.py --workdir=runs/quickstart/wavelet --workdir=runs/quickstart/rope \
         --lengths=128,512,2048 --protocol=sliding_window --stride=64 --out=runs/sliding
+
+Before it starts it says what memory and time it will take, and refuses what does not fit.
 """
 
 from pathlib import Path

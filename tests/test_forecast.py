@@ -105,7 +105,7 @@ def test_the_pace_of_a_machine_is_found(monkeypatch, small_config):
     for prefill_chunk in (0, 100):
         config = small_config()
         config.eval.prefill_chunk = prefill_chunk
-        job = forecast.prepare(config, None, "wavelet", _corpus(), work)
+        job = forecast.timed(forecast.prepare(config, None, "wavelet", _corpus(), work))
         assert job.pace.base == pytest.approx(machine.base)
         assert job.pace.growth == pytest.approx(machine.growth)
         # Programs that are there are not compiled again when the work begins.

@@ -186,17 +186,17 @@ def evaluate(
         if checkpoint.latest_step(workdir) is None:
             raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
 
-    blocks_of = {}  # by run and length
-    jobs = []
+    jobs, strides, blocks_of = [], {}, {}  # strides and blocks by run and length
     for config, workdir, label in zip(configs, workdirs, _labels(configs, workdirs), strict=True):
         work = {}
         for length in lengths:
-            moved, train_length = _stride(config, protocol, length, stride), config.train.length
-            blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=train_length)
+            moved = strides[workdir, length] = _stride(config, protocol, length, stride)
+            blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=config.train.length)
             batch_size, longest = batch_shape(blocks, config.eval.batch_tokens)
             work[length] = forecast.Work(-(-len(blocks) // batch_size), batch_size, longest)
             blocks_of[workdir, length] = blocks
         jobs.append(forecast.prepare(config, workdir, label, corpus, work))
+    jobs = [forecast.timed(job) for job in jobs]  # after the memory of all of them has been seen to be there
     print(forecast.table(jobs, num_targets), file=sys.stderr)
 
     curves = []
@@ -215,7 +215,7 @@ def evaluate(
             interval = bootstrap_interval(
                 losses, unit, resamples=config.eval.resamples, seed=config.eval.bootstrap_seed
             )
-            moved = _stride(config, protocol, length, stride)
+            moved = strides[job.workdir, length]
             curves.append(Curve(job.label, protocol, config.train.length, length, moved, losses, positions, interval))
     stamp = {
         "protocol": protocol,

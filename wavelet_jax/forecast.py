@@ -38,7 +38,7 @@ class Job:
       label: the method, for people.
       work: by evaluated length.
       programs: by shape; those not there yet are compiled when they are needed.
-      pace: as timed.
+      pace: from `timed`.
       bytes: the most memory that it takes, with what the process held when it was prepared.
     """
 
@@ -82,7 +82,7 @@ class Job:
 
 
 def prepare(config: ConfigDict, workdir: Path, label: str, corpus: Corpus, work: dict[int, Work]) -> Job:
-    """Compiles the programs that tell most, sees that the memory is there, and times them.
+    """Compiles the program of the longest blocks, and sees that its memory is there. Computes nothing.
 
     Raises:
       UserError: the longest program needs more memory than there is.
@@ -100,22 +100,27 @@ def prepare(config: ConfigDict, workdir: Path, label: str, corpus: Corpus, work:
             f"{longest.batch_size} read {longest.chunk:,} tokens at a time, and {owner} has {memory.shown(limit)}: "
             "lower --lengths, eval.prefill_chunk or eval.batch_tokens"
         )
+    return dataclasses.replace(job, bytes=needed)
 
+
+def timed(job: Job) -> Job:
+    """The job with its pace: of the longest blocks, and where those are read whole, of the shortest too."""
     params, _ = job.load()
+    longest = job.program(max(job.work))
 
     def measure(program: Program) -> Pace:
-        text = corpus.validation[: program.length + 1].astype(np.int32)
+        text = job.corpus.validation[: program.length + 1].astype(np.int32)
         return program.measure(params, np.broadcast_to(text, (program.batch_size, len(text))))
 
     pace = measure(longest)
-    if longest.chunk == longest.length > work[min(work)].length:
+    if longest.chunk == longest.length > job.work[min(job.work)].length:
         # Whole blocks show their mean seconds a token; two lengths, how those grow.
-        shortest = job.program(min(work))
+        shortest = job.program(min(job.work))
         short = measure(shortest)
         growth = 2 * (pace.base - short.base) / (longest.length - shortest.length)
         pace = Pace(short.base - growth * shortest.length / 2, growth)
     # Timing it took what scoring will take, and an allocator holds more than a program's arrays.
-    return dataclasses.replace(job, pace=pace, bytes=max(needed, memory.peak()))
+    return dataclasses.replace(job, pace=pace, bytes=max(job.bytes, memory.peak()))
 
 
 @contextlib.contextmanager
