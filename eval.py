@@ -2,6 +2,8 @@
 
     python eval.py --workdir=runs/quickstart/wavelet --workdir=runs/quickstart/rope \
         --lengths=128,512,2048 --protocol=sliding_window --stride=64 --out=runs/sliding
+
+Before it starts it says what memory and time it will take, and refuses what does not fit.
 """
 
 from pathlib import Path
@@ -15,6 +17,9 @@ WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once fo
 LENGTHS = flags.DEFINE_list("lengths", [], "lengths to evaluate at, tokens: 128,256,...")
 PROTOCOL = flags.DEFINE_string("protocol", "full_length", " | ".join(evaluation.PROTOCOLS))
 STRIDE = flags.DEFINE_integer("stride", 0, "of sliding_window, tokens; 0 for half of each length")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "instead of the runs' eval.max_tokens")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "instead of the runs' eval.batch_tokens")
+PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", None, "instead of the runs' eval.prefill_chunk")
 OUT = flags.DEFINE_string("out", None, "directory for the results")
 
 
@@ -31,6 +36,7 @@ def main() -> None:
         protocol=PROTOCOL.value,
         stride=STRIDE.value,
         out=Path(OUT.value),
+        changes={flag.name: flag.value for flag in (MAX_TOKENS, BATCH_TOKENS, PREFILL_CHUNK) if flag.value is not None},
     )
 
 

@@ -100,6 +100,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     # eval.py, and the end of a comparison:
     evaluation.max_tokens = 65536  # validation tokens scored at every length; 0: as many as fit
     evaluation.batch_tokens = 8192  # tokens of a batch; at least one block
+    evaluation.prefill_chunk = 4096  # longer blocks are read this many tokens at a time, for memory; 0: whole
     evaluation.resamples = 1000  # bootstrap resamples of the 95% intervals
     evaluation.bootstrap_seed = 0  # of the resamples
 

@@ -21,7 +21,11 @@ OUTPUT = 5e-6
 NOPE = Terms()
 every_backend = pytest.mark.parametrize("backend", EVERYWHERE)
 # What a backend refuses, by a UserError with these words, when named; it is tested for this and not for the rest.
-REFUSES = {("tiled", "positions by row"): "needs consecutive positions", ("tiled", "dropout"): "no attention dropout"}
+REFUSES = {
+    (backend, what): words
+    for backend in ("tiled", "decode")
+    for what, words in (("positions by row", "needs consecutive positions"), ("dropout", "no attention dropout"))
+}
 
 
 def refuses(backend: str, what: str, act) -> bool:
@@ -269,8 +273,9 @@ def test_large_scores_stay_finite(backend):
 def test_dtypes(dtype, backend):
     """The value's dtype comes out; sums are float32: one rounding away from float64 on the same numbers.
 
-    "tiled" also rounds the weights, for a product of two operands of one dtype with the values; their total is taken
-    before that, so each w is wrong by half a step of itself, and the output by half a step of the mean of |v|.
+    "tiled" and "decode" also round the weights, for a product of two operands of one dtype with the values; their
+    total is taken before that, so each w is wrong by half a step of itself, and the output by half a step of the mean
+    of |v|.
     """
     q, k, v = (jnp.asarray(x, dtype) for x in qkv())
     # Factors of the position vectors as good as float32: the coarser ones of short dtypes are test_tiled.py's matter.
@@ -280,7 +285,7 @@ def test_dtypes(dtype, backend):
     slow = oracle.attention(q, k, v, "wavelet", {"num_scales": 4})
     half_a_step = float(jnp.finfo(dtype).eps) / 2
     before = OUTPUT  # the error before the output is rounded
-    if backend == "tiled":
+    if backend in ("tiled", "decode"):
         before = before + half_a_step * oracle.attention(q, k, np.abs(v), "wavelet", {"num_scales": 4})
     assert (np.abs(np.asarray(out, np.float64) - slow) <= before + half_a_step * (np.abs(slow) + before)).all()
 

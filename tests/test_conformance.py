@@ -47,7 +47,9 @@ CASES = {name: (name, {}) for name in METHODS} | {
 # Backend -> cases whose Terms it cannot carry and must refuse by a UserError when named.
 CANNOT_CARRY: dict[str, frozenset[str]] = {}
 # Backends that take consecutive positions only (traced: by the first of them), and refuse others by a UserError.
-CONSECUTIVE_ONLY = frozenset({"tiled"})
+CONSECUTIVE_ONLY = frozenset({"tiled", "decode"})
+# Backends that bound the error of constant position vectors by a tolerance, and round weights to the values' dtype.
+BY_FACTORS = frozenset({"tiled", "decode"})
 
 # Scores are float32 sums of 3 D = 48 products that add up to about 4 / sqrt(D); each addition rounds by 2^-25 of the
 # sum so far on average, and random signs make that sqrt(48) * 2^-25 * 2 = 4e-7; the method's own vectors add 1e-7. A
@@ -492,8 +494,8 @@ def test_bfloat16_around_position_100_000(case, backend):
     - everything else is float32: scores wrong by (D + 8) 2^-24 (|q| |k| + |q| |p|) / sqrt(D), by 2^-22 of a bias (some
       roundings, in a score as large as it), and by 1.2e-6 |q| |1| / sqrt(D) from the position vectors;
     - scores wrong by e make softmax weights wrong by a factor of exp(2 e) at most, so outputs by (exp(2 e) - 1) max|v|;
-    - "tiled" adds FAR_TOLERANCE |q| |1| / sqrt(D) where it has factors of the position vectors, and rounds the weights
-      once, for the product with the values: u max|v|;
+    - "tiled" and "decode" add FAR_TOLERANCE |q| |1| / sqrt(D) where they have factors of the position vectors, and
+      round the weights once, for the product with the values: u max|v|;
     - and the output is rounded once: u |out|.
     bfloat16 position arithmetic, in steps of 512 up here, fails it for every method whose positions count.
     """
@@ -539,7 +541,7 @@ def _within_the_bound(case, backend, out, q, k, v, *, query_positions, key_posit
         for bias, other in ((terms.content_bias, norm(k)), (terms.position_bias, extra)):
             products += 0 if bias is None else norm(bias) * other
     error = (D + 8) * 2.0**-24 * products / np.sqrt(D) + 1.2e-6 * norm(q)
-    if backend == "tiled":
+    if backend in BY_FACTORS:
         error += FAR_TOLERANCE * norm(q)
     if terms.rotate is not None:
         error += (2 * u + u * u) * products / np.sqrt(D)
@@ -549,6 +551,6 @@ def _within_the_bound(case, backend, out, q, k, v, *, query_positions, key_posit
     if terms.relative_values is not None:
         values += float(np.abs(terms.relative_values(distance)).max())
     assert error < 0.07  # or the bound would let anything through
-    rounded_weights = u * np.abs(v).max() if backend == "tiled" else 0
+    rounded_weights = u * np.abs(v).max() if backend in BY_FACTORS else 0
     bound = np.expm1(2 * error) * values + rounded_weights + u * np.abs(slow)
     assert (np.abs(out - slow) <= bound).all()

@@ -64,7 +64,7 @@ def test_losses_land_on_their_targets(protocol, batch_tokens):
         return 2 * batch[:, 1:] + np.arange(batch.shape[1] - 1) / 100
 
     blocks = plan_blocks(23, 6, protocol, stride=4, train_length=5)
-    losses, positions = evaluation.score(losses_of, tokens, blocks, batch_tokens=batch_tokens, title="test")
+    losses, positions = evaluation.score(losses_of, tokens, blocks, batch_tokens=batch_tokens)
     place = [i - block.start for block in blocks for i in range(block.first_scored, block.stop)]
     np.testing.assert_array_equal(positions, place)
     np.testing.assert_allclose(losses, 2 * tokens[1:] + np.array(place) / 100, rtol=1e-6)

@@ -157,3 +157,17 @@ def test_gradients_are_clipped_by_their_global_norm(small_config):
     norm = np.sqrt(27 + 64)
     np.testing.assert_allclose(mu["a"], 0.1 * 3.0 * 0.5 / norm, rtol=1e-5)
     np.testing.assert_allclose(mu["b"], 0.1 * 4.0 * 0.5 / norm, rtol=1e-5)
+
+
+def test_memory_of_a_step_is_linear_in_length(small_config):
+    """With rematerialisation and tiles: four times the tokens take four times the memory, and not sixteen."""
+    config = small_config()
+    config.model.update(remat="block", num_layers=1, attention_backend="tiled")
+    config.train.logits_chunk = 256
+    graphdef, state = training.shapes(config, VOCAB, sharding.make_mesh(config))
+    taken = []
+    for length in (1024, 4096):
+        tokens = jax.ShapeDtypeStruct((1, 1, length + 1), jnp.int32)
+        program = jax.jit(training.make_train_step(config, graphdef)).lower(state, tokens).compile()
+        taken.append(program.memory_analysis().temp_size_in_bytes)
+    assert taken[1] < 4.1 * taken[0]

@@ -49,12 +49,30 @@ def restore(manager: ocp.CheckpointManager, abstract_state: State, *, fingerprin
     step = manager.latest_step()
     if step is None:
         return None
-    # The data first: with another vocabulary the shapes of the state would not fit.
+    data = _restore_data(manager, step, fingerprint)
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
+    return state, data["windows"]
+
+
+def restore_params(manager: ocp.CheckpointManager, abstract_params: dict, *, fingerprint: str) -> tuple[dict, int]:
+    """The parameters alone of the newest checkpoint, of which there is one, and its step; see `restore`.
+
+    The optimizer's moments, twice as large, are not read.
+    """
+    step = manager.latest_step()
+    _restore_data(manager, step, fingerprint)
+    item = {"params": abstract_params}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=args)).state["params"], step
+
+
+def _restore_data(manager: ocp.CheckpointManager, step: int, fingerprint: str) -> dict:
+    """What is saved beside the state; restored first: with another vocabulary the shapes of the state would not fit."""
     data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
     if data["fingerprint"] != fingerprint:
         raise UserError(
             f"{manager.directory} was trained on another text or tokenizer than the config gives now (corpus "
             f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
         )
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
-    return state, data["windows"]
+    return data

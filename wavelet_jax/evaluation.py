@@ -9,16 +9,16 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from wavelet_jax import checkpoint, runs, sharding, training
+from wavelet_jax import checkpoint, forecast, runs
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
@@ -98,15 +98,20 @@ def plan_blocks(num_targets: int, length: int, protocol: str, *, stride: int, tr
     raise unknown("protocol", protocol, PROTOCOLS)
 
 
+def batch_shape(blocks: Sequence[Block], batch_tokens: int) -> tuple[int, int]:
+    """(B, L) of the batches that blocks are scored in: L is that of the longest, L times B at most `batch_tokens`."""
+    longest = max(block.stop - block.start for block in blocks)
+    return max(1, min(batch_tokens // longest, len(blocks))), longest
+
+
 def score(
     losses_of: Callable[[np.ndarray], jax.Array],
     tokens: np.ndarray,
     blocks: Sequence[Block],
     *,
     batch_tokens: int,
-    title: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores every target of the blocks, showing progress under `title`.
+    """Scores every target of the blocks.
 
     Args:
       losses_of: tokens [B, L+1] -> the loss of every target, [B, L], in nats; always called with one shape.
@@ -118,10 +123,8 @@ def score(
       Losses [M] float32 and places in their blocks [M] int32, in the order of the stream.
     """
     num_targets = max(block.stop for block in blocks)
-    longest = max(block.stop - block.start for block in blocks)
-    batch_size = max(1, min(batch_tokens // longest, len(blocks)))
     losses, positions = np.full(num_targets, np.nan, np.float32), np.zeros(num_targets, np.int32)
-    progress = tqdm(total=num_targets, unit="tok", desc=title, leave=False, mininterval=runs.PROGRESS_INTERVAL)
+    batch_size, longest = batch_shape(blocks, batch_tokens)
     for first in range(0, len(blocks), batch_size):
         batch = blocks[first : first + batch_size]
         # Padding comes after what is scored, where a causal model cannot see it.
@@ -133,8 +136,6 @@ def score(
             scored = slice(block.first_scored - block.start, block.stop - block.start)
             losses[block.first_scored : block.stop] = row[scored]
             positions[block.first_scored : block.stop] = np.arange(scored.start, scored.stop)
-        progress.update(sum(block.stop - block.first_scored for block in batch))
-    progress.close()
     return losses, positions
 
 
@@ -157,6 +158,7 @@ def evaluate(
     protocol: str,
     out: Path,
     stride: int = 0,
+    changes: Mapping[str, int] | None = None,
 ) -> list[Curve]:
     """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
 
@@ -166,11 +168,16 @@ def evaluate(
       protocol: one of `PROTOCOLS`.
       out: where the results go.
       stride: of the sliding window, tokens; 0 for half of each length.
+      changes: values of keys of `config.eval` instead of the runs' own.
 
     Raises:
       UserError: before anything is computed or written, for what cannot be evaluated.
     """
     configs = [runs.load_config(workdir) for workdir in workdirs]
+    for config, workdir in zip(configs, workdirs, strict=True):
+        config.eval.update(changes or {})
+        if "prefill_chunk" not in config.eval:
+            raise UserError(f"{workdir}/config.json is of an earlier version, without eval.prefill_chunk: set it there")
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)
@@ -179,24 +186,37 @@ def evaluate(
         if checkpoint.latest_step(workdir) is None:
             raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
 
-    curves = []
+    jobs, strides, blocks_of = [], {}, {}  # strides and blocks by run and length
     for config, workdir, label in zip(configs, workdirs, _labels(configs, workdirs), strict=True):
-        graphdef, params, step = _load(config, workdir, corpus)
-        eval_step = jax.jit(training.make_eval_step(config, graphdef))
+        work = {}
         for length in lengths:
-            moved = _stride(config, protocol, length, stride)
+            moved = strides[workdir, length] = _stride(config, protocol, length, stride)
             blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=config.train.length)
-            losses, positions = score(
-                functools.partial(eval_step, params),
-                corpus.validation,
-                blocks,
-                batch_tokens=config.eval.batch_tokens,
-                title=f"{label} (update {step:,}) at {length:,}",
-            )
+            batch_size, longest = batch_shape(blocks, config.eval.batch_tokens)
+            work[length] = forecast.Work(-(-len(blocks) // batch_size), batch_size, longest)
+            blocks_of[workdir, length] = blocks
+        jobs.append(forecast.prepare(config, workdir, label, corpus, work))
+    jobs = [forecast.timed(job) for job in jobs]  # after the memory of all of them has been seen to be there
+    print(forecast.table(jobs, num_targets), file=sys.stderr)
+
+    curves = []
+    for job in jobs:
+        config = job.config
+        params, step = job.load()
+        for length in lengths:
+            losses_of = functools.partial(job.program(length).losses, params)
+            with forecast.progress(job, length, f"{job.label} (update {step:,}) at {length:,}") as done:
+                losses, positions = score(
+                    functools.partial(losses_of, done=done),
+                    corpus.validation,
+                    blocks_of[job.workdir, length],
+                    batch_tokens=config.eval.batch_tokens,
+                )
             interval = bootstrap_interval(
                 losses, unit, resamples=config.eval.resamples, seed=config.eval.bootstrap_seed
             )
-            curves.append(Curve(label, protocol, config.train.length, length, moved, losses, positions, interval))
+            moved = strides[job.workdir, length]
+            curves.append(Curve(job.label, protocol, config.train.length, length, moved, losses, positions, interval))
     stamp = {
         "protocol": protocol,
         "lengths": lengths,
@@ -279,6 +299,7 @@ def check(
             {
                 "eval.max_tokens": (config.eval.max_tokens, 0),
                 "eval.batch_tokens": (config.eval.batch_tokens, 1),
+                "eval.prefill_chunk": (config.eval.prefill_chunk, 0),
                 "eval.resamples": (config.eval.resamples, 1),
             }
         )
@@ -327,12 +348,3 @@ def _labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str
     return [
         f"{method} ({end})" if methods.count(method) > 1 else method for method, end in zip(methods, ends, strict=True)
     ]
-
-
-def _load(config: ConfigDict, workdir: Path, corpus: Corpus) -> tuple:
-    config.mesh.update(data=1, fsdp=-1, tensor=1)  # the devices here, whatever the run was trained on
-    mesh = sharding.make_mesh(config)
-    graphdef, _, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
-    with checkpoint.open_manager(workdir, config, read_only=True) as manager:
-        state, _ = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint)
-    return graphdef, state.params, int(state.step)

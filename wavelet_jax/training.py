@@ -1,5 +1,6 @@
 """Loss, optimizer, initial state, train step and evaluation step: pure functions, jittable."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,31 +95,39 @@ def token_losses(model: Decoder, hidden_BxTxE: jax.Array, targets_BxT: jax.Array
     return jnp.moveaxis(by_chunk, 0, 1).reshape(batch, -1)[:, :length]
 
 
+def shapes(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
+    """The decoder and its optimizer without their numbers: nothing is computed.
+
+    Returns:
+      graphdef: with parameters, `nnx.merge(graphdef, params)` is the decoder.
+      abstract_state: shapes, dtypes and shardings of the state, for restoring a checkpoint.
+    """
+    graphdef = nnx.eval_shape(lambda: nnx.split(Decoder(config, vocab_size, rngs=nnx.Rngs(0)))[0])
+    arrays = jax.eval_shape(functools.partial(_make_state, config, vocab_size))
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        arrays,
+        tree_shardings(mesh, arrays),
+    )
+    return graphdef, abstract_state
+
+
 def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef, State, State]:
     """Builds the decoder and its optimizer, each array made where it belongs on the mesh.
 
     Returns:
-      graphdef: with parameters, `nnx.merge(graphdef, params)` is the decoder.
+      graphdef, abstract_state (the last): see `shapes`.
       state: the state before the first update.
-      abstract_state: its shapes, dtypes and shardings, for restoring a checkpoint.
     """
-    optimizer = make_optimizer(config)
+    graphdef, abstract_state = shapes(config, vocab_size, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    state = jax.jit(functools.partial(_make_state, config, vocab_size), out_shardings=shardings)()
+    return graphdef, state, abstract_state
 
-    def build() -> tuple[nnx.GraphDef, dict]:
-        graphdef, params = nnx.split(Decoder(config, vocab_size, rngs=nnx.Rngs(config.train.seed)))
-        return graphdef, nnx.to_pure_dict(params)
 
-    def make() -> State:
-        params = build()[1]
-        return State(jnp.int32(0), params, optimizer.init(params))
-
-    graphdef = nnx.eval_shape(lambda: nnx.split(Decoder(config, vocab_size, rngs=nnx.Rngs(0)))[0])
-    shapes = jax.eval_shape(make)
-    shardings = tree_shardings(mesh, shapes)
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
-    return graphdef, jax.jit(make, out_shardings=shardings)(), abstract_state
+def _make_state(config: ConfigDict, vocab_size: int) -> State:
+    params = nnx.to_pure_dict(nnx.state(Decoder(config, vocab_size, rngs=nnx.Rngs(config.train.seed))))
+    return State(jnp.int32(0), params, make_optimizer(config).init(params))
 
 
 def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[State, jax.Array], tuple[State, dict]]:
@@ -167,6 +176,20 @@ def make_eval_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[dict
         return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], config.train.logits_chunk)
 
     return eval_step
+
+
+def make_chunk_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, list]]:
+    """(params, layers, start, tokens [B, C+1]) -> (losses [B, C], layers): `make_eval_step` of a part of a longer text.
+
+    `layers` are those of the decoder's cache, which holds the `start` tokens before.
+    """
+
+    def chunk_step(params: dict, layers: list, start: jax.Array, tokens: jax.Array) -> tuple[jax.Array, list]:
+        model = nnx.merge(graphdef, params)
+        hidden, (layers, _) = model.extend(tokens[:, :-1], (layers, start))
+        return token_losses(model, hidden, tokens[:, 1:], config.train.logits_chunk), layers
+
+    return chunk_step
 
 
 def count_parameters(params: dict) -> int:

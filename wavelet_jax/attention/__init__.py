@@ -1,13 +1,15 @@
 """Attention with a position method's `Terms`: one function, one place that chooses what computes it."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from wavelet_jax.attention import pallas_tpu, reference, tiled
+from wavelet_jax import memory
+from wavelet_jax.attention import decode, pallas_tpu, reference, tiled
 from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -15,16 +17,29 @@ from wavelet_jax.positions.terms import Terms
 __all__ = ["BACKENDS", "attention"]
 
 # What a backend would need a call to be, and is not; empty where it carries the call.
-OBSTACLES = {"reference": lambda call: [], "tiled": tiled.obstacles, "pallas_tpu": pallas_tpu.obstacles}
+OBSTACLES = {
+    "reference": lambda call: [],
+    "tiled": tiled.obstacles,
+    "decode": decode.obstacles,
+    "pallas_tpu": pallas_tpu.obstacles,
+}
 BACKENDS = tuple(OBSTACLES)
 
-# "auto" takes the first of these that carries the call, or else the definition.
-PREFERRED = ("pallas_tpu", "tiled")
+# "auto" takes the first of these that carries the call and is worth it, or else the definition.
+PREFERRED = ("decode", "pallas_tpu", "tiled")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
 # 512, 1.8 and 3.9 times at 1,024; below 256, where they differ little, it compiles faster.
 TILED_FROM = 256 * 256
+
+# "auto" takes `decode` for up to this many queries over more keys: a step of a decoding, or a few drafted tokens.
+DECODE_UP_TO = 16
+
+# "auto" raises where `reference` alone can carry a call, and its arrays of queries x keys would need more than this
+# share of the memory; less than the floor is never refused. The caller may want the rest, and a gradient needs more.
+REFERENCE_SHARE = 0.25
+REFERENCE_FLOOR = 2**28  # bytes
 
 
 def attention(
@@ -54,7 +69,8 @@ def attention(
       query_positions, key_positions: integers in tokens, [T] and [S], or [B, T] and [B, S]; or a scalar, the first of
         consecutive positions (traced, say, in a loop over chunks); 0, 1, 2, .. where left out, which takes T = S.
         With a cache, give the global positions; unfilled slots whose positions lie after every query's are then
-        hidden by the causal mask. "tiled" takes consecutive positions only: scalars, or arrays that are not traced.
+        hidden by the causal mask. "tiled" and "decode" take consecutive positions only: scalars, or arrays that are
+        not traced.
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       mask: bool, broadcastable to [B, H, T, S]: False hides a key, beside what the arguments above hide. One of shape
@@ -62,8 +78,9 @@ def attention(
         by "reference" alone, and only where that is named: "auto" is there for linear memory, and refuses.
       dropout_rate, dropout_key: dropout on the attention probabilities.
       backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
-        computes the same in linear memory, and "pallas_tpu" in a kernel. "auto" takes the kernel or the tiles for long
-        sequences, where they can.
+        computes the same in linear memory, "decode" is for few queries, and "pallas_tpu" is a kernel. "auto" takes
+        "decode" for up to `DECODE_UP_TO` queries over more keys, and the kernel or the tiles for long sequences, where
+        they can.
       far_tolerance: of all but "reference": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
@@ -72,7 +89,8 @@ def attention(
       the softmax weights to the value's dtype for their product with it.
 
     Raises:
-      UserError: shapes that do not fit, an unknown backend, or what a named backend cannot carry.
+      UserError: shapes that do not fit, an unknown backend, what a named backend cannot carry, or what "auto" could
+        compute in quadratic memory only, and more of it than `REFERENCE_SHARE`.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
@@ -126,18 +144,19 @@ def attention(
         dropout=dropout_rate > 0,
         far_tolerance=far_tolerance,
     )
-    backend = _choose(backend, call)
+    chosen = _choose(backend, call)
 
     if terms.rotate is not None:
         with jax.named_scope("rotate"):
             query_BxTxHxD = terms.rotate(query_BxTxHxD, query_positions)
             key_BxSxKxD = terms.rotate(key_BxSxKxD, key_positions)
 
-    match backend:
+    match chosen:
         case "pallas_tpu":
             return pallas_tpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
-        case "tiled":
-            return tiled.attention(
+        case "tiled" | "decode":
+            compute = tiled.attention if chosen == "tiled" else decode.attention
+            return compute(
                 query_BxTxHxD,
                 key_BxSxKxD,
                 value_BxSxKxD,
@@ -150,6 +169,8 @@ def attention(
             )
         case "reference":
             distance = query_positions[..., :, None] - key_positions[..., None, :]  # [T, S] or [B, T, S]
+            if backend == "auto":
+                _check_memory(reference.array_shapes(batch, num_heads, terms, distance.shape), call)
             visible = distance >= 0 if causal else jnp.ones_like(distance, bool)
             if window is not None:
                 visible &= jnp.abs(distance) < window
@@ -231,9 +252,7 @@ def _choose(backend: str, call: Call) -> str:
         return backend
     passed = []
     for name in PREFERRED:
-        found = OBSTACLES[name](call)
-        if not found and call.queries * call.keys < TILED_FROM:
-            found = [f"at least {TILED_FROM} scores a head to be worth it"]
+        found = OBSTACLES[name](call) or _not_worth(name, call)
         if not found:
             break
         passed.append(f"{name} needs {' and '.join(found)}")
@@ -241,6 +260,31 @@ def _choose(backend: str, call: Call) -> str:
         name = "reference"
     _say_once(f"attention backend: {name}" + (f" ({'; '.join(passed)})" if passed else ""))
     return name
+
+
+def _not_worth(name: str, call: Call) -> list[str]:
+    """What a call that a backend carries would need for "auto" to take it."""
+    if name == "decode":
+        few = call.queries <= DECODE_UP_TO and call.queries < call.keys
+        return [] if few else [f"at most {DECODE_UP_TO} queries over more keys"]
+    large = call.queries * call.keys >= TILED_FROM
+    return [] if large else [f"at least {TILED_FROM} scores a head to be worth it"]
+
+
+def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:
+    """Raises `UserError` where float32 arrays of these shapes need more than `REFERENCE_SHARE` of the memory."""
+    count = sum(4 * math.prod(shape) for shape in shapes)
+    obstacles = tiled.obstacles(call)  # the backend of linear memory that carries most
+    if count <= REFERENCE_FLOOR or not obstacles:
+        return
+    limit, owner = memory.available()
+    if count > REFERENCE_SHARE * limit:
+        raise UserError(
+            f"only the reference backend can compute this, in arrays of queries x keys, "
+            f"{', '.join(str(list(shape)) for shape in shapes)} in float32: {memory.shown(count)}, more than "
+            f"{REFERENCE_SHARE:.0%} of the {memory.shown(limit)} of {owner}. The backends of linear memory need "
+            f"{' and '.join(obstacles)}; backend='reference' computes it as it is"
+        )
 
 
 @functools.cache

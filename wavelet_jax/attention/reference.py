@@ -72,3 +72,11 @@ def attention(
             vectors = terms.relative_values(distance)
             out_BxTxHxD += _einsum(f"bhts,{by_distance(vectors)}->bthd", weights, vectors)
     return out_BxTxHxD.astype(value_BxSxHxD.dtype)
+
+
+def array_shapes(batch: int, num_heads: int, terms: Terms, distance_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the float32 arrays of queries x keys that `attention` makes: scores, weights, and the terms' own."""
+    scores = (batch, num_heads, *distance_shape[-2:])
+    distance = jax.ShapeDtypeStruct(distance_shape, jnp.int32)
+    functions = (terms.relative_keys, terms.bias, terms.relative_values)
+    return [scores, scores, *(jax.eval_shape(function, distance).shape for function in functions if function)]

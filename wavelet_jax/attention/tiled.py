@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavelet_jax.attention import factors
+from wavelet_jax.attention import constants, factors
 from wavelet_jax.attention.call import Call, consecutive_only
 from wavelet_jax.attention.sweep import attend
 from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, split_heads
@@ -105,10 +105,10 @@ def attention(
         scale=1 / math.sqrt(head_dim),
     )
     with jax.named_scope("tables"):
-        constants = constants_of(plan, terms, far_tolerance)
-        separable = constants is not None and constants.near is not None
+        constant = constants_of(plan, terms, far_tolerance)
+        separable = constant is not None and constant.near is not None
         plan = dataclasses.replace(
-            plan, constants=constants, key_everywhere=terms.relative_keys is not None and not separable
+            plan, constants=constant, key_everywhere=terms.relative_keys is not None and not separable
         )
         by_kv_head = functools.partial(split_heads, num_kv_heads=num_kv_heads)
         distances = _distances(plan, offset)
@@ -153,7 +153,7 @@ def default_tolerance(dtype: jnp.dtype) -> float:
 def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
     kind = "nothing"
     if terms.relative_keys is not None or terms.relative_values is not None or terms.bias is not None:
-        constant = terms.relative_keys is not None and _evaluate(terms, 0, 0) is not None
+        constant = terms.relative_keys is not None and constants.evaluate(terms, 0, 0) is not None
         kind = "constant keys" if constant else "tables"
     tiles = [tiles for keys, tiles in TILES[kind] if num_keys >= keys][-1]
 
@@ -199,19 +199,16 @@ def _distances(plan: Plan, offset: int | jax.Array) -> jax.Array:
 
 def constants_of(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | None:
     """Factors of a constant `relative_keys`; None where there is none, it is learned, or its reach is not known."""
-    if terms.relative_keys is None or _evaluate(terms, 0, 0) is None:
+    if terms.relative_keys is None or constants.evaluate(terms, 0, 0) is None:
         return None
     margin = plan.tiles.rows + plan.padding  # tiles hold distances that no query and key have
     lowest, highest = (-_FAR_AWAY, _FAR_AWAY) if plan.offset is None else _span(plan, plan.offset)
-    if terms.support is not None:
-        # The support is stated for the method's own tolerance: see that the table is down to ours at twice as far.
-        reach = 2 * terms.support
-        ends = _evaluate(terms, reach + margin, reach), _evaluate(terms, -reach, -reach - margin)
-        if max(np.max(np.abs(end)) for end in ends) <= tolerance:
-            lowest, highest = int(np.clip(lowest, -reach, reach)), int(np.clip(highest, -reach, reach))
+    reach = constants.reach(terms, tolerance, margin)
+    if reach is not None:
+        lowest, highest = int(np.clip(lowest, -reach, reach)), int(np.clip(highest, -reach, reach))
     if max(highest, -lowest) > plan.queries + plan.keys + FURTHEST_FACTORS:
         return None
-    table = _evaluate(terms, highest + margin, lowest - margin)
+    table = constants.evaluate(terms, highest + margin, lowest - margin)
     return factors.factor(
         table,
         highest + margin,
@@ -223,13 +220,6 @@ def constants_of(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors 
         keys=plan.tiles.keys,
         tolerance=tolerance,
     )
-
-
-def _evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray | None:
-    """relative_keys of the distances highest, highest - 1, .., lowest as an array; None where it is traced."""
-    with jax.ensure_compile_time_eval():
-        table = terms.relative_keys(jnp.arange(highest, lowest - 1, -1, dtype=jnp.int32))
-    return None if isinstance(table, jax.core.Tracer) else np.asarray(table)
 
 
 def _cut(x_BxTxHxD: jax.Array, rows: int, num_kv_heads: int) -> jax.Array:

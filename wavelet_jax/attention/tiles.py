@@ -146,7 +146,7 @@ def rows_of(plan: Plan, query_NxBxKxDxGxU: jax.Array, position_NxBxKxDxGxU: jax.
 # -- one tile -----------------------------------------------------------------------------------------------------
 
 
-def skew(G: jax.Array, width: int, after: float) -> jax.Array:
+def skew(G: jax.Array, width: int, after: float = 0.0) -> jax.Array:
     """[.., U, n] by distance -> [.., U, V] by key: out[u, v] = G[u, U - 1 - u + v], `after` where n ends before.
 
     Read row by row with one column less, the same numbers stand shifted by one a row: no gather.
@@ -158,7 +158,7 @@ def skew(G: jax.Array, width: int, after: float) -> jax.Array:
     return flat.reshape(*lead, rows, columns - 1)[..., rows - 1 :]
 
 
-def _unskew(x: jax.Array) -> jax.Array:
+def unskew(x: jax.Array) -> jax.Array:
     """The transpose of `skew`: [.., U, V] by key -> [.., U, U + V] by distance, zeros where no key has it."""
     *lead, rows, width = x.shape
     none = [(0, 0)] * len(lead)
@@ -275,7 +275,7 @@ def by_key(G: jax.Array, tile: Tile, after: float) -> jax.Array:
 
 def by_distance(plan: Plan, x: jax.Array, tile: Tile) -> jax.Array:
     """[.., V, G, U] by key -> [.., G, U, n] by distance: the transpose of `by_key`."""
-    return _unskew(jnp.moveaxis(x, -3, -1))[..., : _num_distances(plan, tile)]
+    return unskew(jnp.moveaxis(x, -3, -1))[..., : _num_distances(plan, tile)]
 
 
 def letters(table: jax.Array) -> str:

@@ -1,0 +1,174 @@
+"""Attention of few queries over many keys, as in decoding from a key-value cache: one product with all scores at once.
+
+Scores [T, S] come from the cached layout [B, S, K, D], grouped queries and no repeated key heads. Positions are
+consecutive, so distances fall along a row of scores and rise down a column: what depends on them is evaluated once for
+T + S distances, [n], and skewed to [T, S]. A constant table of relative keys (wavelets that are not trained) is not
+evaluated at all: its numbers within the support are in the program, times the queries they are a band of scores, and
+the band is added at its place. Its arithmetic is the same whatever S is.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from wavelet_jax.attention import constants, factors
+from wavelet_jax.attention.call import Call, consecutive_only
+from wavelet_jax.attention.tiled import FURTHEST_FACTORS, default_tolerance
+from wavelet_jax.attention.tiles import skew, split_heads, unskew
+from wavelet_jax.positions.terms import Terms
+
+# As in the definition. Decoding waits for memory, so full precision costs nothing.
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
+
+
+def obstacles(call: Call) -> list[str]:
+    """What the call would need to be for this backend to carry it; empty where it does."""
+    return consecutive_only(call)
+
+
+def attention(
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    value_BxSxKxD: jax.Array,
+    terms: Terms,
+    *,
+    offset: int | jax.Array,
+    causal: bool = True,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
+    far_tolerance: float | None = None,
+) -> jax.Array:
+    """Softmax attention as `Terms` writes it, scores and softmax in float32; positions are consecutive on both sides.
+
+    Args:
+      query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H. Memory is that of
+        scores [B, H, T, S]: T should be small.
+      terms: what the position method adds.
+      offset: position of the first query less that of the first key; an int, or a traced int32 scalar.
+      causal, window: as in `wavelet_jax.attention.attention`.
+      segment_ids: ([B, T], [B, S]) or None.
+      far_tolerance: no entry of a constant relative_keys is wrong by more than this; None for `tiled.FAR_TOLERANCE`.
+
+    Returns:
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
+    """
+    (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    if far_tolerance is None:
+        far_tolerance = default_tolerance(query_BxTxHxD.dtype)
+    if window is not None and not isinstance(offset, jax.Array) and max(offset + T, S - offset) <= window:
+        window = None  # it hides nothing
+    if causal:  # all keys later than all queries are hidden, however much later: keeps int32 sums below from wrapping
+        offset = jnp.maximum(offset, -T)
+    offset = jnp.asarray(offset, jnp.int32)
+    distances = _distances(T, S, offset, causal)
+
+    def grouped(query: jax.Array, bias_HxD: jax.Array | None) -> jax.Array:
+        return (query if bias_HxD is None else query + bias_HxD).reshape(batch, T, K, H // K, D)
+
+    def by_kv_head(table: jax.Array, with_heads: int) -> tuple[jax.Array, str]:
+        """[K, G, ..] or [..], and the einsum letters of its heads."""
+        return split_heads(table, with_heads, K), "kg" if table.ndim == with_heads else ""
+
+    with jax.named_scope("scores"):
+        scores_BxKxGxTxS = _einsum("btkgd,bskd->bkgts", grouped(query_BxTxHxD, terms.content_bias), key_BxSxKxD)
+        if terms.relative_keys is not None:
+            query = grouped(query_BxTxHxD, terms.position_bias)
+            found = _near(terms, T + S, causal, far_tolerance)
+            if found is None:
+                table, heads = by_kv_head(terms.relative_keys(distances), 3)
+                scores_BxKxGxTxS += skew(_einsum(f"btkgd,{heads}ed->bkgte", query, table), S)
+            else:
+                near, furthest = found
+                if near.project is not None:
+                    project, heads = by_kv_head(near.project, 3)
+                    query = _einsum(f"btkgd,{heads}dc->btkgc", query, project)
+                rows, heads = by_kv_head(near.rows, 3)
+                band = _einsum(f"btkgc,{heads}ec->bkgte", query, rows)
+                scores_BxKxGxTxS = _add_band(scores_BxKxGxTxS, band, furthest, offset)
+        scores_BxKxGxTxS /= math.sqrt(D)
+        if terms.bias is not None:
+            bias, _ = by_kv_head(terms.bias(distances), 2)  # [K, G, n]
+            scores_BxKxGxTxS += skew(jnp.broadcast_to(bias[..., None, :], (*bias.shape[:2], T, T + S)), S)
+
+    with jax.named_scope("softmax"):
+        visible = _visible(T, S, offset, causal, window, segment_ids)
+        if visible is not None:
+            scores_BxKxGxTxS = jnp.where(visible, scores_BxKxGxTxS, -jnp.inf)
+        # A query that sees nothing has a row of -inf only; 0 for its maximum and 1 for its sum keep NaN out.
+        highest = lax.stop_gradient(jnp.max(scores_BxKxGxTxS, axis=-1, keepdims=True))
+        weights = jnp.exp(scores_BxKxGxTxS - jnp.where(jnp.isfinite(highest), highest, 0))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights /= jnp.where(total > 0, total, 1)
+
+    with jax.named_scope("values"):
+        out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value_BxSxKxD.dtype), value_BxSxKxD)
+        if terms.relative_values is not None:
+            table, heads = by_kv_head(terms.relative_values(distances), 3)
+            out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
+    return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value_BxSxKxD.dtype)
+
+
+def _distances(T: int, S: int, offset: jax.Array, causal: bool) -> jax.Array:
+    """The distances of all queries and keys, falling by one: int32 [T + S], one more than occur, for `skew`.
+
+    Distances that only hidden pairs have, and the one more, are replaced by ones that a query and a key do have: no
+    method is asked for more.
+    """
+    lowest, highest = offset - (S - 1), offset + (T - 1)
+    if causal:
+        lowest, highest = jnp.maximum(lowest, 0), jnp.maximum(highest, 0)
+    return jnp.clip(offset + (T - 1) - jnp.arange(T + S, dtype=jnp.int32), lowest, highest)
+
+
+def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> tuple[factors.Near, int] | None:
+    """A constant relative_keys within its support, and the distance of its first row; None where it is learned, or
+    where that is much past the length.
+
+    It does not depend on the offset, so that one program serves every step of a decoding.
+    """
+    if constants.evaluate(terms, 0, 0) is None:
+        return None
+    reach = constants.reach(terms, tolerance, margin=1)
+    if reach is None or reach > length + FURTHEST_FACTORS:
+        return None
+    table = constants.evaluate(terms, reach, -1 if causal else -reach - 1)
+    past = np.flatnonzero(np.max(np.abs(table), axis=-1).reshape(-1, table.shape[-2]).max(axis=0) > tolerance)
+    highest, lowest = (reach - int(past[0]), reach - int(past[-1])) if past.size else (0, 0)
+    highest, lowest = max(highest, 0), 0 if causal else min(lowest, 0)
+    # The near form of a tile of one row, with all of the support in its local band.
+    after = None if causal else -lowest
+    plan = {"rows": 1, "block": 1, "before": highest, "after": after, "keys": 1}
+    return factors.factor(table, reach, span=(lowest, highest), tolerance=tolerance, **plan).near, highest
+
+
+def _add_band(scores: jax.Array, band: jax.Array, first: int, offset: jax.Array) -> jax.Array:
+    """Adds [.., T, n] by distance (first, first - 1, ..) to scores [.., T, S] by key; what has no key is dropped."""
+    *lead, T, n = band.shape
+    S, none = scores.shape[-1], [(0, 0)] * len(lead)
+    width = n + T - 1
+    by_key = skew(jnp.pad(band, [*none, (0, 0), (T - 1, T)]), width)  # row t moved to the right by t
+    # Column j is key j + start, which may be before the first key or after the last: all of it then, at most.
+    start = jnp.clip(offset, first - width, first + S) - first
+    kept = min(width, S)
+    place = jnp.clip(start, 0, S - kept)
+    by_key = jnp.pad(by_key, [*none, (0, 0), (kept, kept)])
+    by_key = lax.dynamic_slice_in_dim(by_key, place - start + kept, kept, -1)
+    here = lax.dynamic_slice_in_dim(scores, place, kept, -1) + by_key
+    return lax.dynamic_update_slice_in_dim(scores, here, place, -1)
+
+
+def _visible(T: int, S: int, offset: jax.Array, causal: bool, window: int | None, segment_ids) -> jax.Array | None:
+    """Which keys a query sees, broadcastable to [B, K, G, T, S]; None: all."""
+    distance = offset + (jnp.arange(T, dtype=jnp.int32)[:, None] - jnp.arange(S, dtype=jnp.int32))
+    conditions = []
+    if causal:
+        conditions.append(distance >= 0)
+    if window is not None:
+        conditions.append(jnp.abs(distance) < window)
+    if segment_ids is not None:
+        conditions.append((segment_ids[0][:, :, None] == segment_ids[1][:, None, :])[:, None, None])
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
