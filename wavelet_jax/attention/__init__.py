@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from wavelet_jax.attention import reference, tiled
+from wavelet_jax.attention import cudnn, reference, tiled, triton_gpu
 from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -15,11 +15,16 @@ from wavelet_jax.positions.terms import Terms
 __all__ = ["BACKENDS", "attention"]
 
 # What a backend would need a call to be, and is not; empty where it carries the call.
-OBSTACLES = {"reference": lambda call: [], "tiled": tiled.obstacles}
+OBSTACLES = {
+    "reference": lambda call: [],
+    "tiled": tiled.obstacles,
+    "triton_gpu": triton_gpu.obstacles,
+    "cudnn": cudnn.obstacles,
+}
 BACKENDS = tuple(OBSTACLES)
 
 # "auto" takes the first of these that carries the call, or else the definition.
-PREFERRED = ("tiled",)
+PREFERRED = ("cudnn", "triton_gpu", "tiled")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
@@ -57,9 +62,10 @@ def attention(
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       dropout_rate, dropout_key: dropout on the attention probabilities.
-      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length, and
-        "tiled" computes the same in linear memory. "auto" takes "tiled" for long sequences, where it can.
-      far_tolerance: of "tiled": no entry of a constant `relative_keys` is wrong by more than this; None for
+      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; the
+        others compute the same in linear memory: "tiled" anywhere, "triton_gpu" and "cudnn" on NVIDIA GPUs. "auto"
+        takes one of these for long sequences, where it can.
+      far_tolerance: of "tiled" and "triton_gpu": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
@@ -120,6 +126,10 @@ def attention(
             key_BxSxKxD = terms.rotate(key_BxSxKxD, key_positions)
 
     match backend:
+        case "cudnn":
+            return cudnn.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
+        case "triton_gpu":
+            return triton_gpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "tiled":
             return tiled.attention(
                 query_BxTxHxD,
@@ -188,6 +198,8 @@ def _choose(backend: str, call: Call) -> str:
     passed = []
     for name in PREFERRED:
         found = OBSTACLES[name](call)
+        if not found and name == "cudnn" and not cudnn.is_deterministic():
+            found = [f"{cudnn.DETERMINISTIC} to repeat its gradients"]
         if not found and call.queries * call.keys < TILED_FROM:
             found = [f"at least {TILED_FROM} scores a head to be worth it"]
         if not found:
