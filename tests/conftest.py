@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: workers of the test run share the cores
+os.environ["TRITON_INTERPRET"] = "1"  # before triton, where it is installed: its kernels then run in NumPy
 
 import jax
 import numpy as np
