@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
+from wavelet_jax.attention import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 )
+
+# Backends that carry every call on every device, and so every test of attention; tests/test_kernels.py has the others.
+EVERYWHERE = tuple(name for name in BACKENDS if name != "pallas_tpu")
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import quick_jit
+from conftest import EVERYWHERE, quick_jit
 
-from wavelet_jax.attention import BACKENDS, attention
+from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import make
 from wavelet_jax.positions.terms import Terms
@@ -19,7 +19,7 @@ B, T, H, D = 2, 8, 4, 8
 OUTPUT = 5e-6
 
 NOPE = Terms()
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", EVERYWHERE)
 # What a backend refuses, by a UserError with these words, when named; it is tested for this and not for the rest.
 REFUSES = {("tiled", "positions by row"): "needs consecutive positions", ("tiled", "dropout"): "no attention dropout"}
 

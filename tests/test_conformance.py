@@ -1,7 +1,7 @@
 """What every position method and every attention backend must do, run over all of them by themselves.
 
 A method gets all of this by standing in `positions.METHODS` and in tests/oracle.py, a backend by standing in
-`attention.BACKENDS`. A "layer" here is what surrounds attention in a model: token vectors plus what the method adds
+`conftest.EVERYWHERE`. A "layer" here is what surrounds attention in a model: token vectors plus what the method adds
 to them, projected to queries, keys and values; so methods that add to the embedding are exercised like the others.
 """
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import quick_jit
+from conftest import EVERYWHERE, quick_jit
 
-from wavelet_jax.attention import BACKENDS, attention, tiled
+from wavelet_jax.attention import attention, tiled
 from wavelet_jax.attention.tiles import Tiles
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import METHODS, make
@@ -66,7 +66,7 @@ SHARED_BY_KEYS = {("tiled", "transformer_xl"): 4.2e-6}
 
 every_method = pytest.mark.parametrize("case", METHODS)
 every_case = pytest.mark.parametrize("case", CASES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", EVERYWHERE)
 
 
 # Of the tiled backend's factors of constant position vectors, in bfloat16 too (whose default test_tiled.py measures).

@@ -61,7 +61,7 @@ def interpret(launch: Launch) -> list[jax.Array]:
 @pytest.fixture
 def interpreted(monkeypatch):
     """`attention(backend="triton_gpu")` in the interpreter, in tiles of a few tokens."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.8")  # before, its interpreter fails with NumPy 2.4
     pytest.importorskip("torch")
     sizes = {(90, size, 256): Sizes(SMALL, *BLOCKS) for size in (2, 4)}
     monkeypatch.setattr(triton_gpu, "SIZES", sizes)
@@ -153,7 +153,6 @@ def test_kernels_equal_float64(case, interpreted):
         assert error <= TOLERANCE[dtype], f"{name} is off by {error:.1e} of its size"
 
 
-@needs_triton
 def test_cases_have_runs_of_all_kinds():
     """Else the test above would pass without the far form: tiles before, within and after the wavelets' reach."""
     seen = set()
@@ -264,7 +263,6 @@ def test_triton_says_what_it_cannot_carry(on_hopper, monkeypatch):
     assert "at most 256" in needs("rope", head_dim=264)
     assert "at least one query" in needs("rope", queries=0)
     assert "without a bias" in needs("alibi")
-    assert "constant" in needs("wavelet", {"trainable": True})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert needs("wavelet") == "triton and jax_triton (pip install 'wavelet-jax[cuda]')"
     monkeypatch.setattr(triton_gpu, "gpu_capability", lambda: (8, 6))  # a third less shared memory than 8.0

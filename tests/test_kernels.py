@@ -1,16 +1,20 @@
 """Flash kernels: the arrays they read, and the kernels themselves, against the definition and float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
+from test_tiled import FLOAT32, assert_same, inputs, oracle, per_head_grids, ricker_table, value_and_gradients
 
 from wavelet_jax import positions
-from wavelet_jax.attention import prepared
+from wavelet_jax.attention import TILED_FROM, attention, pallas_tpu, prepared
 from wavelet_jax.attention.call import Call
 from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.errors import UserError
 
 slow = pytest.mark.slow
 SMALL = Tiles(rows=32, band=16, keys=16)  # so that short sequences have tiles of all kinds
@@ -45,7 +49,7 @@ def test_arrays_hold_every_position_score_once(case):
     made = prepared.prepare(call, SMALL)
     layout, U, V = made.layout, SMALL.rows, SMALL.keys
     query, key = (jax.random.normal(jax.random.key(0), (1, length, heads, 16)) for length, heads in ((T, 4), (S, 2)))
-    arrays = prepared.arrays_of(made, query, None, key, key)
+    arrays = jax.tree.map(np.asarray, quick_jit(functools.partial(prepared.arrays_of, made))(query, None, key, key))
     np.testing.assert_array_equal(arrays.key_BxKxSxD[:, :, layout.first_key : layout.end_key], key.swapaxes(1, 2))
 
     scores = np.zeros((4, layout.row_tiles * U, layout.key_tiles * V))
@@ -80,8 +84,14 @@ def test_arrays_hold_every_position_score_once(case):
 def test_arrays_know_what_they_cannot_carry():
     def needs(name: str, options=None, **changes) -> str:
         method = positions.make(name, num_heads=4, head_dim=16, **(options or {}))
-        call = Call(method.terms(method.init(jax.random.key(0))), 90, 90, 4, 2, 16, jnp.float32, 0)
-        return " and ".join(prepared.obstacles(dataclasses.replace(call, **changes), SMALL))
+        found = []
+
+        def traced(params):  # what is learned is traced
+            call = Call(method.terms(params), 90, 90, 4, 2, 16, jnp.float32, 0)
+            found.extend(prepared.obstacles(dataclasses.replace(call, **changes), SMALL))
+
+        jax.eval_shape(traced, method.init(jax.random.key(0)))
+        return " and ".join(found)
 
     assert needs("wavelet") == needs("rope") == needs("nope") == ""
     assert "consecutive positions" in needs("rope", offset=None)
@@ -94,3 +104,192 @@ def test_arrays_know_what_they_cannot_carry():
     assert "without relative values" in needs("shaw", {"values": True})
     wide = {"mother": "haar_standard", "first_exponent": 8}
     assert "smooth past 2048 tokens" in needs("wavelet", wide, queries=9000, keys=9000)
+
+
+# -- the TPU kernel, in Pallas' interpreter -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "TILES", (SMALL, Tiles(rows=32, band=0, keys=16)))
+
+
+def by_kernel(method, *arrays, **options) -> dict:
+    with pallas_tpu.interpreted():
+        return value_and_gradients("pallas_tpu", method, {}, *arrays, **options)
+
+
+SITUATIONS = {
+    "causal": {"T": 70, "S": 70},
+    "bidirectional": {"T": 70, "S": 85, "causal": False, "query_positions": 0, "key_positions": 13},
+    "chunk of a cache": {"T": 45, "S": 101, "query_positions": 37, "key_positions": 0},
+    "after all keys": {"T": 20, "S": 40, "query_positions": 2**31 - 60, "key_positions": 0},
+}
+METHODS = {
+    "wavelet": {},
+    "wavelet heads": per_head_grids(),
+    "wavelet haar": {"mother": "haar_standard"},
+    "wavelet morlet": {"mother": "morlet", "t_sign": "n-m"},
+    "rope": {},
+    "nope": {},
+}
+PAIRS = [("wavelet", "causal"), ("wavelet", "bidirectional"), ("rope", "chunk of a cache")]
+SLOW_PAIRS = [(name, situation) for name in METHODS for situation in SITUATIONS if (name, situation) not in PAIRS]
+
+
+@pytest.mark.parametrize(("name", "situation"), [*PAIRS, *(pytest.param(*pair, marks=slow) for pair in SLOW_PAIRS)])
+def test_equals_the_definition(name, situation, small_tiles):
+    """Output and all gradients, grouped heads, lengths that no tile divides."""
+    method = positions.make(name.split()[0], num_heads=4, head_dim=32, **METHODS[name])
+    options = dict(SITUATIONS[situation])
+    arrays = inputs(options.pop("T"), options.pop("S"))
+    expected = value_and_gradients("reference", method, {}, *arrays, **options)
+    assert_same(by_kernel(method, *arrays, **options), expected, FLOAT32)
+
+
+def test_a_part_of_the_heads_at_a_time(small_tiles, monkeypatch):
+    """Where near scores are large; the numbers are the same."""
+    method = positions.make("wavelet", num_heads=4, head_dim=32)
+    arrays = inputs(40, 40)
+    expected = value_and_gradients("reference", method, {}, *arrays)
+    monkeypatch.setattr(prepared, "NEAR_BYTES", 2**10)
+    call = Call(method.terms({}), 40, 40, 4, 2, 32, jnp.float32, 0)
+    assert prepared._parts(prepared.prepare(call, SMALL), 2, 2) == 2
+    assert_same(by_kernel(method, *arrays), expected, FLOAT32)
+
+
+@slow
+@pytest.mark.parametrize("first_exponent", [0, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float64_with_the_shipped_tiles(dtype, first_exponent):
+    """Near, far and plain tiles of their real sizes. float32 as near to float64 as the definition is; bfloat16 no
+    further from it than plain attention in bfloat16 is from its own.
+    """
+    L = 1300
+    method = positions.make("wavelet", num_heads=2, head_dim=128, first_exponent=first_exponent)
+    arrays = inputs(L, L, H=2, K=2, D=128, B=1, dtype=dtype)
+    usual_arrays = value_and_gradients("reference", method, {}, *arrays)
+    usual_exact = exact = oracle(*arrays, ricker_table(L, first_exponent))
+    if dtype == jnp.bfloat16:
+        out, pull = jax.vjp(functools.partial(jax.nn.dot_product_attention, is_causal=True), *arrays[:3])
+        usual_arrays = dict(zip(("out", "query", "key", "value"), (out, *pull(arrays[3])), strict=True))
+        usual_exact = oracle(*arrays, np.zeros((L, 128)))
+    found = by_kernel(method, *arrays)
+    for name, wanted in exact.items():
+        assert found[name].dtype == dtype
+
+        def error(array, wanted):
+            return np.linalg.norm(np.asarray(array, np.float64) - wanted) / np.linalg.norm(wanted)
+
+        ours, usual = error(found[name], wanted), error(usual_arrays[name], usual_exact[name])
+        assert ours <= 1.1 * usual, f"{name}: {ours:.1e} from float64; {usual:.1e} is usual"
+
+
+def test_bfloat16(small_tiles):
+    """Within what rounding to bfloat16 (2^-9 of a number) does to queries, weights, products and results."""
+    method = positions.make("wavelet", num_heads=4, head_dim=32)
+    arrays = inputs(70, 70, dtype=jnp.bfloat16)
+    found = by_kernel(method, *arrays)
+    assert all(array.dtype == jnp.bfloat16 for array in found.values())
+    wide = value_and_gradients("reference", method, {}, *(x.astype(jnp.float32) for x in arrays))
+    assert_same(found, wide, 4 * 2.0**-9)
+
+
+def test_queries_that_see_nothing_are_zero(small_tiles):
+    """The first 21 queries come before all keys; so does a whole tile of them."""
+    method = positions.make("wavelet", num_heads=4, head_dim=32)
+    found = by_kernel(method, *inputs(70, 70), query_positions=0, key_positions=40)
+    assert all(np.isfinite(array).all() for array in found.values())
+    for name in "out", "query":
+        assert not np.any(found[name][:, :40])
+    assert np.any(found["out"][:, 40:] != 0, axis=-1).all()
+    assert not np.any(found["value"][:, 30:])  # keys that no query has reached
+
+
+def test_causal_at_tile_borders(small_tiles):
+    """The output at m has a gradient by all values up to m, and of exactly zero by keys and values after m."""
+    query, key, value, cotangent = inputs(70, 70, B=1)
+    terms = positions.make("wavelet", num_heads=4, head_dim=32).terms({})
+
+    @quick_jit
+    def gradients(row):
+        _, pull = jax.vjp(lambda k, v: attention(query, k, v, terms, backend="pallas_tpu"), key, value)
+        return pull(jnp.where(jnp.arange(70)[:, None, None] == row, cotangent, 0))
+
+    with pallas_tpu.interpreted():
+        for row in (0, 15, 16, 31, 32, 33, 47, 48, 69):
+            by_key, by_value = (np.any(np.asarray(gradient)[0] != 0, axis=(1, 2)) for gradient in gradients(row))
+            assert by_value[: row + 1].all()
+            assert not by_value[row + 1 :].any()
+            assert not by_key[row + 1 :].any()
+
+
+# -- the choice ---------------------------------------------------------------------------------------------------
+
+
+def test_named_kernels_refuse_what_they_cannot_carry():
+    query, key, value, _ = inputs(40, 40)
+
+    def call(name="rope", query=query, **options):
+        terms = positions.make(name, num_heads=4, head_dim=query.shape[-1]).terms({})
+        attention(query, key.astype(query.dtype), value, terms, backend="pallas_tpu", **options)
+
+    with pytest.raises(UserError, match=r"the pallas_tpu backend needs a TPU \(this process runs on cpu\)"):
+        call()
+    with pallas_tpu.interpreted():
+        with pytest.raises(UserError, match="needs a position method without a bias: use backend='auto'"):
+            call("alibi")
+        with pytest.raises(UserError, match="needs no segment_ids and no window"):
+            call(segment_ids=np.zeros((2, 40), int), window=3)
+        with pytest.raises(UserError, match="needs queries in float32 or bfloat16"):
+            call(query=query.astype(jnp.float16))
+
+
+def test_auto_takes_the_kernel_on_a_tpu_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(pallas_tpu, "attention", lambda query, *_: calls.append(query.shape) or query)
+    L = int(TILED_FROM**0.5)
+    query, key, value, _ = inputs(L, L, H=1, K=1, D=16, B=1)
+    terms = positions.make("nope", num_heads=1, head_dim=16).terms({})
+    attention(query, key, value, terms)
+    assert not calls
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    attention(query, key, value, terms, window=5)
+    attention(query[:, 1:], key[:, 1:], value[:, 1:], terms)
+    assert not calls
+    attention(query, key, value, terms)
+    assert calls == [(1, L, 1, 16)]
+
+
+# -- the real compiler --------------------------------------------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize("chip", ["v5e:2x2"])
+@pytest.mark.parametrize(("name", "causal"), [("wavelet", True), ("wavelet", False), ("rope", True)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_compiles_for_a_tpu(dtype, name, causal, chip, monkeypatch):
+    """Forward and backward through the TPU's own compiler, which needs libtpu (the extra `tpu`) and no TPU."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(chip, "tpu").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    L, H, K, D = 8192, 4, 2, 128
+    terms = positions.make(name, num_heads=H, head_dim=D).terms({})
+
+    def run(query, key, value, cotangent):
+        def output(query, key, value):
+            call = Call(terms, L, L, H, K, D, query.dtype, 0, causal=causal)
+            return pallas_tpu.attention(query, key, value, call)
+
+        out, pull = jax.vjp(output, query, key, value)
+        return out, pull(cotangent)
+
+    shapes = [jax.ShapeDtypeStruct((1, L, heads, D), dtype, sharding=place) for heads in (H, K, K, H)]
+    program = jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
+    assert program.as_text().count("flash_") >= 3
+    # The largest thing of all: near scores, their gradients, and copies of them on the way, 4 x [H, L, W] float32.
+    width = 512 if causal else 768
+    assert program.memory_analysis().temp_size_in_bytes < 5 * 4 * H * L * width < 4 * H * L * L

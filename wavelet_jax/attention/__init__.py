@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from wavelet_jax.attention import cudnn, reference, tiled, triton_gpu
+from wavelet_jax.attention import cudnn, pallas_tpu, reference, tiled, triton_gpu
 from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -18,13 +18,14 @@ __all__ = ["BACKENDS", "attention"]
 OBSTACLES = {
     "reference": lambda call: [],
     "tiled": tiled.obstacles,
+    "pallas_tpu": pallas_tpu.obstacles,
     "triton_gpu": triton_gpu.obstacles,
     "cudnn": cudnn.obstacles,
 }
 BACKENDS = tuple(OBSTACLES)
 
 # "auto" takes the first of these that carries the call, or else the definition.
-PREFERRED = ("cudnn", "triton_gpu", "tiled")
+PREFERRED = ("pallas_tpu", "cudnn", "triton_gpu", "tiled")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
@@ -62,15 +63,15 @@ def attention(
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       dropout_rate, dropout_key: dropout on the attention probabilities.
-      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; the
-        others compute the same in linear memory: "tiled" anywhere, "triton_gpu" and "cudnn" on NVIDIA GPUs. "auto"
-        takes one of these for long sequences, where it can.
-      far_tolerance: of "tiled" and "triton_gpu": no entry of a constant `relative_keys` is wrong by more than this; None for
+      backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
+        computes the same in linear memory, "pallas_tpu" and "triton_gpu" in kernels, and "cudnn" in NVIDIA's, for
+        methods that add nothing to the scores. "auto" takes one of these for long sequences, where they can.
+      far_tolerance: of all but "reference": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
-      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; "tiled" rounds the
-      softmax weights to the value's dtype for their product with it.
+      [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; all but "reference" round
+      the softmax weights to the value's dtype for their product with it.
 
     Raises:
       UserError: shapes that do not fit, an unknown backend, or what a named backend cannot carry.
@@ -130,6 +131,8 @@ def attention(
             return cudnn.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "triton_gpu":
             return triton_gpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
+        case "pallas_tpu":
+            return pallas_tpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "tiled":
             return tiled.attention(
                 query_BxTxHxD,

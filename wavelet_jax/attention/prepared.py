@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from wavelet_jax.attention import factors, tiled
 from wavelet_jax.attention.call import Call, consecutive_only
@@ -37,6 +38,10 @@ MASKED = -1e30
 # The widest local band, tokens. `near` has this many float32 numbers a query and head, where a table does not separate
 # (Haar's within its support): past this the memory is better spent on `tiled`.
 MAX_BAND = 2048
+
+# Bytes of near scores to have at once, as far as taking the key heads in parts allows: with their gradients and copies
+# on the way they need about five times that. Sequences that are so long keep a chip busy with one head.
+NEAR_BYTES = 2**27
 
 # Columns of the far form come in multiples of this: the least that matrix units of GPUs sum over in bfloat16.
 FAR_COLUMNS = 16
@@ -103,6 +108,18 @@ class Layout:
             return min(max(end, 0), self.key_tiles)
         return jnp.clip(end, 0, self.key_tiles)
 
+    def first_row_tile(self, j: int | jax.Array) -> int | jax.Array:
+        """The first query tile that sees key tile j; may lie outside of 0 .. N - 1."""
+        return _floor_divide(j - self.origin, self.own_tiles) if self.causal else 0
+
+    def near_row_tiles(self, j: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first and the last query tile whose local band holds key tile j, or those next to them in 0 .. N - 1."""
+        first, last = (
+            jnp.clip(_floor_divide(j - self.origin + shift, self.own_tiles), 0, self.row_tiles - 1)
+            for shift in (-self.band[1], self.band[0])
+        )
+        return first, last
+
     def basis_tile(self, i: int | jax.Array, j: int | jax.Array) -> int | jax.Array:
         """The tile of the basis for query tile i and key tile j; meaningful where `is_far` holds."""
         away = j - self.band_start(i)
@@ -121,6 +138,14 @@ class Layout:
         away = j - self.band_start(i)
         past = away - self.band_tiles
         return ((away >= -self.reach[0]) & (away < 0)) | ((past >= 0) & (past < self.reach[1]))
+
+
+def _floor_divide(x: int | jax.Array, n: int) -> int | jax.Array:
+    """x // n in operations that kernels have at compile time (`//` on a traced x asks for the device's kind)."""
+    if isinstance(x, int) or n == 1:
+        return x // n if isinstance(x, int) else x
+    remainder = lax.rem(x, n)
+    return lax.div(x - jnp.where(remainder < 0, remainder + n, remainder), n)
 
 
 class Arrays(NamedTuple):
@@ -228,8 +253,30 @@ def attention(
         content = (query_BxTxHxD + terms.content_bias).astype(query_BxTxHxD.dtype)
     if terms.relative_keys is not None and (terms.content_bias is not None or terms.position_bias is not None):
         position = query_BxTxHxD if terms.position_bias is None else query_BxTxHxD + terms.position_bias
-    out_BxHxTxD = _attend(kernel, prepared, content, position, key_BxSxKxD, value_BxSxKxD)
+    inputs = content, position, key_BxSxKxD, value_BxSxKxD
+    parts = _parts(prepared, query_BxTxHxD.shape[0], key_BxSxKxD.shape[2])
+    if parts == 1:
+        out_BxHxTxD = _attend(kernel, prepared, *inputs)
+    else:
+
+        def split(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x.reshape(*x.shape[:2], parts, -1, x.shape[-1]), 2, 0)
+
+        out = lax.map(lambda part: _attend(kernel, prepared, *part), jax.tree.map(split, inputs))
+        out_BxHxTxD = jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, *out.shape[3:])
     return jnp.moveaxis(out_BxHxTxD, 1, 2)[:, : prepared.queries]
+
+
+def _parts(prepared: Prepared, batch: int, kv_heads: int) -> int:
+    """Parts of the key heads (and of their query heads) to take one after the other; see `NEAR_BYTES`."""
+    layout, constants = prepared.layout, prepared.constants
+    if constants is None or constants.near.rows.ndim == 3:  # tables by head are not cut
+        return 1
+    a_head = 4 * batch * layout.group * layout.row_tiles * layout.rows * layout.band_tiles * layout.keys
+    enough = (
+        parts for parts in range(1, kv_heads) if kv_heads % parts == 0 and a_head * kv_heads <= parts * NEAR_BYTES
+    )
+    return next(enough, kv_heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
