@@ -52,7 +52,7 @@ def launches(
 
 
 def resources(launch: triton_gpu.Launch) -> dict[str, int]:
-    """Compiles a launch to machine code as jax-triton would: registers a thread, bytes of spills, and of shared memory."""
+    """Compiles a launch as jax-triton would: registers a thread, bytes of spills, bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas

@@ -78,7 +78,7 @@ def dense(query, key, value, cotangent, table, visible) -> dict[str, np.ndarray]
       visible: [T, S].
     """
     query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))
-    T, H, D = query.shape
+    H, D = query.shape[1:]
     S, K, _ = key.shape
     of = np.arange(H) * K // H  # the key head of each query head
     scores = np.einsum("thd,shd->hts", query, key[:, of])
@@ -103,7 +103,7 @@ def dense(query, key, value, cotangent, table, visible) -> dict[str, np.ndarray]
 # tokens ends within the sequences, so that runs of all five kinds occur.
 CASES = {
     "causal": (150, 150, 0, True, 16, "float32", True),
-    "bidirectional": (130, 200, -40, False, 16, "float32", True),
+    "bidirectional": (190, 140, -20, False, 16, "float32", True),
     "chunk of a cache": (70, 230, 150, True, 16, "float16", True),
     "plain": (100, 100, 0, True, 16, "float16", False),
 }
@@ -211,14 +211,16 @@ def test_compiles_without_spills_and_within_shared_memory(arch, dtype):
 
 
 LOWER = """
-import jax, jax.numpy as jnp
+import jax
+import jax.numpy as jnp
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, triton_gpu
 triton_gpu.gpu_capability = lambda: (9, 0)
 terms = positions.make("wavelet", num_heads=2, head_dim=64).terms({})
 query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
 run = lambda *x: jax.vjp(lambda *y: attention(*y, terms, backend="triton_gpu"), *x)[1](x[0])
-print(jax.jit(run).trace(query, query, query).lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call"))
+lowered = jax.jit(run).trace(query, query, query).lower(lowering_platforms=("cuda",))
+print(lowered.as_text().count("@triton_kernel_call"))
 """
 
 

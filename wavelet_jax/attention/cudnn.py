@@ -51,7 +51,11 @@ def call_obstacles(call: Call, max_head_dim: int) -> list[str]:
 
 
 def attention(
-    query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call, implementation: str = "cudnn"
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    value_BxSxKxD: jax.Array,
+    call: Call,
+    implementation: str = "cudnn",
 ) -> jax.Array:
     """Softmax attention of a call without `obstacles`, of queries and keys that are rotated already.
 

@@ -44,9 +44,9 @@ class Sizes(NamedTuple):
 
 _128, _64 = Tiles(rows=128, band=64, keys=64), Tiles(rows=64, band=64, keys=64)
 
-# (compute capability, bytes of a number, head_dim at most): sizes. Chosen by what the compiler says of registers, spills
-# and shared memory, not by a clock: no GPU was at hand. `tests/gpu_resources.py` prints it, and the tests hold the table
-# to the limits. Bands are as narrow as tiles allow: near scores are rows + band float32 numbers a query and head.
+# (compute capability, bytes of a number, head_dim at most): sizes. Chosen by what the compiler says of registers,
+# spills and shared memory, not by a clock: no GPU was at hand. `tests/gpu_resources.py` prints that of every entry.
+# Bands are as narrow as tiles allow: near scores are rows + band float32 numbers a query and head.
 SIZES = {
     (80, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
     (80, 2, 128): Sizes(_128, Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2)),
@@ -63,15 +63,15 @@ SIZES = {
 }
 CAPABILITIES = {(8, 0): 80, (9, 0): 90}
 
-# Bytes of a number, and how the kernels multiply two of them. float32 goes as three products of its halves in tf32, which
-# leaves errors of float32's own size: tf32 alone would leave 1e-3, and IEEE products would not run on matrix units.
+# Bytes of a number, and how the kernels multiply two of them. float32 goes as three products of its halves in tf32,
+# which leaves errors of float32's own size: tf32 alone would leave 1e-3, and IEEE products do not run on matrix units.
 DTYPES = {"float16": (2, "tf32"), "bfloat16": (2, "tf32"), "float32": (4, "tf32x3")}
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256  # others in between are padded to a power of two
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel of `triton_kernels`: its arguments are arrays, counts, outputs, constants, in this order."""
+    """One launch of a kernel of `triton_kernels`, which takes arrays, counts, outputs and constants, in this order."""
 
     kernel: str
     arrays: Sequence[jax.Array]
@@ -91,7 +91,7 @@ _elsewhere: contextvars.ContextVar[tuple[Launcher, int] | None] = contextvars.Co
 
 @contextlib.contextmanager
 def launching(launcher: Launcher, capability: int) -> Iterator[None]:
-    """Functions traced inside hand their launches, sized for that capability, to `launcher`: for tests without a GPU."""
+    """Functions traced inside hand their launches, sized for that capability, to `launcher`: tests without a GPU."""
     token = _elsewhere.set((launcher, capability))
     try:
         yield

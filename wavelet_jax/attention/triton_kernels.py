@@ -44,9 +44,7 @@ def forward(
     value += (head // group).to(tl.int64) * key_length * D
     near += head_row * W
     row = tl.arange(0, BLOCK_M)
-    start, ends = _key_runs(
-        first // U, key_length, origin, band_before, far_before, far_after, U, W, CAUSAL, HAS_NEAR
-    )
+    start, ends = _key_runs(first // U, key_length, origin, band_before, far_before, far_after, U, W, CAUSAL, HAS_NEAR)
     query_MxD = _block(query + head_row * D, 0, BLOCK_M, D)
     far_MxR = query_MxD
     if HAS_FAR:
@@ -101,9 +99,7 @@ def query_gradients(
     near += head_row * W
     d_near += head_row * W
     row = tl.arange(0, BLOCK_M)
-    start, ends = _key_runs(
-        first // U, key_length, origin, band_before, far_before, far_after, U, W, CAUSAL, HAS_NEAR
-    )
+    start, ends = _key_runs(first // U, key_length, origin, band_before, far_before, far_after, U, W, CAUSAL, HAS_NEAR)
     query_MxD = _block(query + head_row * D, 0, BLOCK_M, D)
     d_out_MxD = _block(d_out + head_row * D, 0, BLOCK_M, D)
     logsumexp_M = tl.load(logsumexp + head_row + row) * LOG2E
@@ -193,9 +189,7 @@ def key_gradients(
                         origin + m, first_key, end_key, W, SCALE, CAUSAL, RAGGED, HAS_NEAR, run == 2,
                     )  # fmt: skip
                     weights = tl.exp2(scores - logsumexp_M[None, :])
-                    d_value_NxD = tl.dot(
-                        weights.to(d_out_MxD.dtype), d_out_MxD, d_value_NxD, input_precision=PRECISION
-                    )
+                    d_value_NxD = tl.dot(weights.to(d_out_MxD.dtype), d_out_MxD, d_value_NxD, input_precision=PRECISION)
                     d_weights = tl.dot(value_NxD, tl.trans(d_out_MxD), input_precision=PRECISION)
                     d_scores = (weights * (d_weights - delta_M[None, :])).to(query_MxD.dtype)
                     d_key_NxD = tl.dot(d_scores, query_MxD, d_key_NxD, input_precision=PRECISION)
