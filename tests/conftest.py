@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: workers of the test run share the cores
+os.environ["TRITON_INTERPRET"] = "1"  # before triton, where it is installed: its kernels then run in NumPy
 
 import jax
 import numpy as np
@@ -23,8 +24,9 @@ quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 )
 
-# Backends that carry every call on every device, and so every test of attention; tests/test_kernels.py has the others.
-EVERYWHERE = tuple(name for name in BACKENDS if name != "pallas_tpu")
+# Backends that carry every call on every device, and so every test of attention; tests/test_kernels.py and
+# tests/test_gpu_kernels.py have the others.
+EVERYWHERE = tuple(name for name in BACKENDS if name not in ("pallas_tpu", "triton_gpu", "cudnn"))
 
 
 @pytest.fixture(scope="session")

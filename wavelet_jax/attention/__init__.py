@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from wavelet_jax import memory
-from wavelet_jax.attention import decode, pallas_tpu, reference, tiled
+from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
 from wavelet_jax.attention.call import Call
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -22,11 +22,13 @@ OBSTACLES = {
     "tiled": tiled.obstacles,
     "decode": decode.obstacles,
     "pallas_tpu": pallas_tpu.obstacles,
+    "triton_gpu": triton_gpu.obstacles,
+    "cudnn": cudnn.obstacles,
 }
 BACKENDS = tuple(OBSTACLES)
 
 # "auto" takes the first of these that carries the call and is worth it, or else the definition.
-PREFERRED = ("decode", "pallas_tpu", "tiled")
+PREFERRED = ("decode", "pallas_tpu", "cudnn", "triton_gpu", "tiled")
 
 # "auto" takes `tiled` from this many scores a head on (queries x keys). Forward and backward on a CPU, float32, 4 heads
 # of 128, the definition takes 1.0 times as long for RoPE and 1.7 times for wavelets at 256 tokens, 1.3 and 2.7 times at
@@ -78,9 +80,9 @@ def attention(
         by "reference" alone, and only where that is named: "auto" is there for linear memory, and refuses.
       dropout_rate, dropout_key: dropout on the attention probabilities.
       backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
-        computes the same in linear memory, "decode" is for few queries, and "pallas_tpu" is a kernel. "auto" takes
-        "decode" for up to `DECODE_UP_TO` queries over more keys, and the kernel or the tiles for long sequences, where
-        they can.
+        computes the same in linear memory, "decode" is for few queries, "pallas_tpu" and "triton_gpu" are kernels, and
+        "cudnn" is NVIDIA's, for methods that add nothing to the scores. "auto" takes "decode" for up to `DECODE_UP_TO`
+        queries over more keys, and one of the others for long sequences, where they can.
       far_tolerance: of all but "reference": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
@@ -152,6 +154,10 @@ def attention(
             key_BxSxKxD = terms.rotate(key_BxSxKxD, key_positions)
 
     match chosen:
+        case "cudnn":
+            return cudnn.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
+        case "triton_gpu":
+            return triton_gpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "pallas_tpu":
             return pallas_tpu.attention(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
         case "tiled" | "decode":
@@ -267,8 +273,11 @@ def _not_worth(name: str, call: Call) -> list[str]:
     if name == "decode":
         few = call.queries <= DECODE_UP_TO and call.queries < call.keys
         return [] if few else [f"at most {DECODE_UP_TO} queries over more keys"]
-    large = call.queries * call.keys >= TILED_FROM
-    return [] if large else [f"at least {TILED_FROM} scores a head to be worth it"]
+    if call.queries * call.keys < TILED_FROM:
+        return [f"at least {TILED_FROM} scores a head to be worth it"]
+    if name == "cudnn" and not cudnn.is_deterministic():
+        return [f"{cudnn.DETERMINISTIC} to repeat its gradients"]
+    return []
 
 
 def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:
