@@ -6,8 +6,8 @@
 
 Causal, one sequence; queries, keys, values and the cotangent are random. At each length all cases take turns in one
 process, every one once a round (benchmarks/measure.py): ratios are medians over rounds [quartiles]. Peak memory is that
-of a process for each case, above what it holds with its arrays made and its program compiled. The command keeps freed
-memory from the operating system for all sides (wavelet_jax/cli.py), which PyTorch and JAX would each get otherwise.
+of a process for each case: the four arrays, and what running it adds. The command keeps freed memory from the operating
+system for all sides (wavelet_jax/cli.py): fresh pages cost more than small differences.
 """
 
 import json
@@ -168,22 +168,21 @@ def _peak_of_a_process(case: str, length: int, name: str) -> int:
 
 
 def _peak(case: str, length: int, name: str) -> int:
-    """Bytes that running the case once adds at its height, with arrays and program there already."""
+    """Bytes of the four arrays that the case is given, and of all that running it once adds at its height."""
+    given = 4 * length * HEADS.value * HEAD_DIM.value * jnp.dtype(DTYPE.value).itemsize
     run = _make(case, length, name != PASSES[0])
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:
         before = stats["bytes_in_use"]
         run()
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] - before
+        return given + jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] - before
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, from what is there now
     except OSError as error:
-        raise UserError(
-            f"peak memory is read from Linux's /proc, which is not to be had ({error}): --nomemory"
-        ) from None
+        raise UserError(f"peak memory is read from Linux's /proc, which fails here ({error}): --nomemory") from None
     before = _status("VmRSS")
     run()
-    return _status("VmHWM") - before
+    return given + _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

@@ -94,8 +94,8 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
     keys = Keys(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
 
     def query_tile(_, xs):
-        index, *own = xs
-        row = own[0]
+        index, own_segments, *queries = xs
+        own = rows_of(plan, *queries), own_segments
 
         def visit(_, own, carry, tile):
             row, own_segments = own
@@ -119,17 +119,17 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
                     out += einsum(f"bkgue,{letters(view.near_value)}->bkcgu", G, view.near_value)
             return None, (raised, total, out)
 
-        batch, kv_heads, _, *group_rows = row.query.shape
+        batch, kv_heads, _, *group_rows = queries[0].shape
         none = jnp.zeros((batch, kv_heads, *group_rows))
-        start = none - jnp.inf, none, jnp.zeros(row.query.shape)
+        start = none - jnp.inf, none, jnp.zeros(queries[0].shape)
         highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, None, own, start)[1]
         out /= jnp.where(total > 0, total, 1)[:, :, None]
         logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)
         return None, (out.astype(inputs.value_BxKxSxD.dtype), logsumexp)
 
-    rows = rows_of(plan, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU)
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
-    out, logsumexp = lax.scan(query_tile, None, (tiles, rows, row_segments))[1]
+    xs = tiles, row_segments, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
+    out, logsumexp = lax.scan(query_tile, None, xs)[1]
     return out, logsumexp
 
 
@@ -141,7 +141,6 @@ def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tup
 def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> tuple:
     """Gradients of all inputs in one sweep, from scores computed again (Dao et al., arXiv 2205.14135, Alg. 4)."""
     inputs, offset, segments, out, logsumexp = residuals
-    rows = rows_of(plan, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU)
     row_segments, key_segments = segments or (None, None)
     keys = Keys(inputs.key_BxKxSxD, _transposed(inputs.key_BxKxSxD), inputs.value_BxKxSxD, None)
 
@@ -151,7 +150,8 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
         return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
 
     def query_tile(d, xs):
-        index, row, own_segments, d_out, out, logsumexp = xs
+        index, own_segments, d_out, out, logsumexp, *queries = xs
+        row = rows_of(plan, *queries)
         with jax.named_scope("delta"):
             delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
 
@@ -205,7 +205,11 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
             return d, d_row
 
         own = row, own_segments, d_out, delta, logsumexp
-        return _sweep(plan, offset + index * plan.tiles.rows, visit, d, own, zeros(row))
+        d, d_row = _sweep(plan, offset + index * plan.tiles.rows, visit, d, own, zeros(row))
+        with jax.named_scope("queries"):  # the forms of queries are linear in them; in float32, whatever their dtype
+            wide = jax.tree.map(lambda x: x.astype(jnp.float32), queries)
+            d_queries = jax.vjp(functools.partial(rows_of, plan), *wide)[1](d_row)
+        return d, jax.tree.map(lambda d, x: d.astype(x.dtype), d_queries, tuple(queries))
 
     def zeros(arrays):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)
@@ -213,12 +217,12 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     # Gradients that many query tiles add to are carried; those of the queries come tile by tile. All in float32, and
     # rounded to the inputs' dtype once, at the end.
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
-    shared = zeros(inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None))
-    d, d_rows = lax.scan(query_tile, shared, (tiles, rows, row_segments, out_gradient, out, logsumexp))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU))
-    d_query, d_position = jax.vjp(functools.partial(rows_of, plan), *wide)[1](d_rows)
-    d = d._replace(query_NxBxKxDxGxU=d_query, position_NxBxKxDxGxU=d_position)
-    return jax.tree.map(lambda d, x: d.astype(x.dtype), d, inputs), None, None
+    queries = inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
+    others = inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None)
+    xs = tiles, row_segments, out_gradient, out, logsumexp, *queries
+    d, d_queries = lax.scan(query_tile, zeros(others), xs)
+    d = jax.tree.map(lambda d, x: d.astype(x.dtype), d, others)
+    return d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1]), None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

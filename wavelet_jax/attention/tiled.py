@@ -43,7 +43,7 @@ TILES = {
     ),
     "constant keys": (
         (0, Tiles(rows=512, block=128, band=64, keys=512)),
-        (4096, Tiles(rows=1024, block=256, band=64, keys=512)),
+        (4096, Tiles(rows=1024, block=128, band=64, keys=512)),
     ),
     "tables": ((0, Tiles(rows=512, block=256, band=0, keys=512)),),
 }

@@ -111,36 +111,36 @@ def split_heads(array: jax.Array | np.ndarray, with_heads: int, num_kv_heads: in
     return jnp.reshape(array, (num_kv_heads, array.shape[0] // num_kv_heads, *array.shape[1:]))
 
 
-def rows_of(plan: Plan, query_NxBxKxDxGxU: jax.Array, position_NxBxKxDxGxU: jax.Array | None) -> Rows:
-    """All forms of the queries; those that constant factors make are float32, also of bfloat16 queries."""
-    position = query_NxBxKxDxGxU if position_NxBxKxDxGxU is None else position_NxBxKxDxGxU
+def rows_of(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.Array | None) -> Rows:
+    """All forms of a tile's queries; those that constant factors make are float32, also of bfloat16 queries."""
+    position = query_BxKxDxGxU if position_BxKxDxGxU is None else position_BxKxDxGxU
     if plan.constants is None or plan.key_everywhere:
-        return Rows(query_NxBxKxDxGxU, position if plan.key_everywhere else None, None, ())
+        return Rows(query_BxKxDxGxU, position if plan.key_everywhere else None, None, ())
 
     def blocks(x: jax.Array) -> jax.Array:  # [.., U] -> [.., U / block, block]
         return x.reshape(*x.shape[:-1], -1, plan.tiles.block)
 
     def project(matrix: np.ndarray | None) -> jax.Array:
         heads = "" if matrix is None or matrix.ndim == 2 else "kg"
-        matrix = np.eye(position.shape[3]) if matrix is None else matrix
-        return einsum(f"nbkdgu,{heads}dc->nbkcgu", position, split_heads(matrix, 3, position.shape[2]))
+        matrix = np.eye(position.shape[2]) if matrix is None else matrix
+        return einsum(f"bkdgu,{heads}dc->bkcgu", position, split_heads(matrix, 3, position.shape[1]))
 
     def far_coordinates(far: factors.Far) -> jax.Array:
         x = project(far.project)
         x = x.reshape(*x.shape[:-1], -1, far.rows.shape[0])
-        return join(einsum("nbkcgiu,urc->nbkrgiu", x, far.rows))
+        return join(einsum("bkcgiu,urc->bkrgiu", x, far.rows))
 
     def join(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-2], -1)
 
     near = plan.constants.near
     x = position if near.project is None else project(near.project)
-    table = split_heads(near.rows, 3, position.shape[2])
-    G = einsum(f"nbkcgiu,{letters(table)}->nbkgiue", blocks(x), table)
+    table = split_heads(near.rows, 3, position.shape[1])
+    G = einsum(f"bkcgiu,{letters(table)}->bkgiue", blocks(x), table)
     width = plan.tiles.band + plan.tiles.block + plan.after
-    scores = jnp.moveaxis(skew(G, width, -jnp.inf), -1, 3)  # [n, b, k, W, g, i, u]
+    scores = jnp.moveaxis(skew(G, width, -jnp.inf), -1, 2)  # [b, k, W, g, i, u]
     far = tuple(None if far is None else far_coordinates(far) for far in plan.constants.far)
-    return Rows(query_NxBxKxDxGxU, None, join(scores), far)
+    return Rows(query_BxKxDxGxU, None, join(scores), far)
 
 
 # -- one tile -----------------------------------------------------------------------------------------------------
