@@ -293,7 +293,7 @@ def test_compiles_for_a_tpu(dtype, name, causal, chip, monkeypatch):
     shapes = [jax.ShapeDtypeStruct((1, L, heads, D), dtype, sharding=place) for heads in (H, K, K, H)]
     program = jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
     assert program.as_text().count("flash_") >= 3
-    # Near scores [H, L, W] in float32 are the largest arrays, and are there about five times: as scores and gradients,
-    # by key and by distance.
+    # Near scores [H, L, W] in float32 are the largest arrays, and are there about five times: as scores and as
+    # gradients, by key and by distance.
     width = 512 if causal else 768
     assert program.memory_analysis().temp_size_in_bytes < 6 * 4 * H * L * width < 4 * H * L * L
