@@ -200,11 +200,7 @@ def _choose(backend: str, call: Call) -> str:
         return backend
     passed = []
     for name in PREFERRED:
-        found = OBSTACLES[name](call)
-        if not found and name == "cudnn" and not cudnn.is_deterministic():
-            found = [f"{cudnn.DETERMINISTIC} to repeat its gradients"]
-        if not found and call.queries * call.keys < TILED_FROM:
-            found = [f"at least {TILED_FROM} scores a head to be worth it"]
+        found = OBSTACLES[name](call) or _reservations(name, call)
         if not found:
             break
         passed.append(f"{name} needs {' and '.join(found)}")
@@ -212,6 +208,18 @@ def _choose(backend: str, call: Call) -> str:
         name = "reference"
     _say_once(f"attention backend: {name}" + (f" ({'; '.join(passed)})" if passed else ""))
     return name
+
+
+def _reservations(name: str, call: Call) -> list[str]:
+    """What "auto" asks for where a backend can carry the call."""
+    found = []
+    if name == "cudnn" and not cudnn.is_deterministic():
+        found.append(f"{cudnn.DETERMINISTIC} to repeat its gradients")
+    if name == "triton_gpu" and triton_gpu.is_repeated():
+        found.append("shard_map on several GPUs, each of which would do the work of all")
+    if call.queries * call.keys < TILED_FROM:
+        found.append(f"at least {TILED_FROM} scores a head to be worth it")
+    return found
 
 
 @functools.cache
