@@ -1,6 +1,6 @@
 """What the kernels of `triton_gpu` take of a GPU, from the compiler: registers, spills, shared memory. Needs no GPU.
 
-    python tests/gpu_resources.py [--arch=80,90] [--dtype=bfloat16,float32] [--head_dim=64,128,256] [--kernel=NAME,..]
+    python tests/gpu_resources.py [--arch=80,90] [--dtype=bfloat16,float32] [--head_dim=64,128,256] [--kernel=NAME,..] [--causal=0]
 
 compiles every launch of a call with wavelets, forward and backward, for each entry of `triton_gpu.SIZES`, with the
 `ptxas` that triton brings along, and prints one JSON object a kernel. A machine with triton and JAX is enough.
@@ -95,13 +95,14 @@ def resources(launch: triton_gpu.Launch) -> dict[str, int]:
 def main(arguments: list[str]) -> None:
     given = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
     chosen = {name: given.pop(name).split(",") for name in list(given)}
-    wanted = {"arch": ["80", "90"], "dtype": ["bfloat16", "float32"], "head_dim": ["64", "128", "256"]} | chosen
+    wanted = {"arch": ["80", "90"], "dtype": ["bfloat16", "float32"], "head_dim": ["64", "128", "256"], "causal": ["1"]}
+    wanted |= chosen
     for arch in map(int, wanted["arch"]):
         for dtype in wanted["dtype"]:
             for head_dim in map(int, wanted["head_dim"]):
-                for launch in launches(arch, dtype, head_dim):
+                for launch in launches(arch, dtype, head_dim, causal=wanted["causal"] == ["1"]):
                     if launch.kernel in wanted.get("kernel", [launch.kernel]):
-                        blocks = {name: launch.constants[name] for name in ("BLOCK_M", "BLOCK_N")}
+                        blocks = {name: launch.constants[name] for name in ("BLOCK_M", "BLOCK_N", "R")}
                         row = {"arch": arch, "dtype": dtype, "head_dim": head_dim, "kernel": launch.kernel} | blocks
                         row |= {"warps": launch.warps, "stages": launch.stages}
                         print(json.dumps(row | resources(launch)), flush=True)

@@ -367,7 +367,7 @@ def test_shapes_refused(shapes, message):
             {"backend": "referense"},
             r"unknown attention backend 'referense': did you mean 'reference'\? allowed are auto,",
         ),
-        ({"backend": "cudnn"}, r"unknown attention backend 'cudnn': allowed are auto, reference"),
+        ({"backend": "flash"}, r"unknown attention backend 'flash': allowed are auto, reference"),
         ({"dropout_rate": 0.1}, r"attention dropout needs a dropout_key"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be at least 0 and below 1, not 1.0"),
         ({"dropout_rate": -0.1}, r"dropout_rate must be at least 0"),

@@ -301,6 +301,17 @@ def test_auto_on_a_gpu(on_hopper, monkeypatch):
     assert chosen("wavelet") == chosen("rope", dtype=jnp.dtype("float32")) == "triton_gpu"
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
     assert chosen("rope") == "triton_gpu"
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert chosen("wavelet") == "tiled"
+    mesh, inside = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), []
+
+    def one_share(x):
+        inside.append(chosen("wavelet"))
+        return x
+
+    everything = jax.sharding.PartitionSpec()
+    jax.eval_shape(jax.shard_map(one_share, mesh=mesh, in_specs=everything, out_specs=everything), jnp.zeros(1))
+    assert inside == ["triton_gpu"]
 
 
 @pytest.mark.parametrize("causal", [True, False])

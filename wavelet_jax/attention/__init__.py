@@ -258,7 +258,7 @@ def _choose(backend: str, call: Call) -> str:
         return backend
     passed = []
     for name in PREFERRED:
-        found = OBSTACLES[name](call) or _not_worth(name, call)
+        found = OBSTACLES[name](call) or _reservations(name, call)
         if not found:
             break
         passed.append(f"{name} needs {' and '.join(found)}")
@@ -268,16 +268,19 @@ def _choose(backend: str, call: Call) -> str:
     return name
 
 
-def _not_worth(name: str, call: Call) -> list[str]:
-    """What a call that a backend carries would need for "auto" to take it."""
+def _reservations(name: str, call: Call) -> list[str]:
+    """What "auto" asks for where a backend can carry the call."""
     if name == "decode":
         few = call.queries <= DECODE_UP_TO and call.queries < call.keys
         return [] if few else [f"at most {DECODE_UP_TO} queries over more keys"]
-    if call.queries * call.keys < TILED_FROM:
-        return [f"at least {TILED_FROM} scores a head to be worth it"]
+    found = []
     if name == "cudnn" and not cudnn.is_deterministic():
-        return [f"{cudnn.DETERMINISTIC} to repeat its gradients"]
-    return []
+        found.append(f"{cudnn.DETERMINISTIC} to repeat its gradients")
+    if name == "triton_gpu" and triton_gpu.is_repeated():
+        found.append("shard_map on several GPUs, each of which would do the work of all")
+    if call.queries * call.keys < TILED_FROM:
+        found.append(f"at least {TILED_FROM} scores a head to be worth it")
+    return found
 
 
 def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:

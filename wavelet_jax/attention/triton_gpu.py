@@ -49,19 +49,22 @@ _128, _64 = Tiles(rows=128, block=128, band=64, keys=64), Tiles(rows=64, block=6
 # spills and shared memory, not by a clock: no GPU was at hand. `tests/gpu_resources.py` prints that of every entry.
 # Bands are as narrow as tiles allow: near scores are rows + band float32 numbers a query and head.
 SIZES = {
-    (80, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
-    (80, 2, 128): Sizes(_128, Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2)),
-    (80, 2, 256): Sizes(_64, Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
+    (80, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 4, 2)),
+    (80, 2, 128): Sizes(_128, Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    (80, 2, 256): Sizes(_64, Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1)),
     (80, 4, 64): Sizes(_64, Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
     (80, 4, 128): Sizes(_64, Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
     (80, 4, 256): Sizes(_64, Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
     (90, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
-    (90, 2, 128): Sizes(_128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    (90, 2, 256): Sizes(_64, Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1)),
+    (90, 2, 128): Sizes(_128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    (90, 2, 256): Sizes(_64, Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
     (90, 4, 64): Sizes(_64, Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
     (90, 4, 128): Sizes(_64, Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
     (90, 4, 256): Sizes(_64, Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
 }
+# The most stages where a far form has so many columns (after padding), whose tiles take shared memory too; 1 for more.
+MOST_STAGES = {16: 3, 32: 2}
+
 CAPABILITIES = {(8, 0): 80, (9, 0): 90}
 
 # Bytes of a number, and how the kernels multiply two of them. float32 goes as three products of its halves in tf32,
@@ -126,6 +129,16 @@ def gpu_capability() -> tuple[int, int] | None:
         return None
     numbers = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
     return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(n.isdigit() for n in numbers) else None
+
+
+def is_repeated() -> bool:
+    """Whether a kernel in this traced function would do the work of all devices on each of them.
+
+    XLA cannot divide a kernel's arrays among devices; inside of a `jax.shard_map` over the whole mesh they are divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = mesh.manual_axes and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() > 1 and not divided
 
 
 def attention(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
@@ -202,7 +215,7 @@ def _forward(
             constants=_constants(layout, inputs, arrays, blocks),
             programs=math.prod(arrays.query_BxHxTxD.shape[:3]) // blocks.rows,
             warps=blocks.warps,
-            stages=blocks.stages,
+            stages=_stages(inputs, arrays, blocks),
             capability=capability,
         )
     )
@@ -228,7 +241,7 @@ def _backward(
 
     def run(kernel: str, blocks: Blocks, outputs: list, programs: int) -> Sequence[jax.Array]:
         constants = _constants(layout, inputs, arrays, blocks)
-        sized = (programs, blocks.warps, blocks.stages, capability)
+        sized = (programs, blocks.warps, _stages(inputs, arrays, blocks), capability)
         return launcher(Launch(kernel, read, _counts(layout), outputs, constants, *sized))
 
     blocks, none = sizes.query_gradients, jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -304,6 +317,11 @@ def _constants(layout: Layout, inputs: list[jax.Array], arrays: Arrays, blocks: 
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.keys,
     }
+
+
+def _stages(inputs: list[jax.Array], arrays: Arrays, blocks: Blocks) -> int:
+    columns = MIN_HEAD_DIM if arrays.far_BxHxTxR is None else inputs[4].shape[3]
+    return min(blocks.stages, MOST_STAGES.get(columns, 1))
 
 
 def _power_of_two(columns: int) -> int:

@@ -12,8 +12,8 @@ rows and BLOCK_N keys divide U and V, so that none is of two kinds. Scores and s
 base 2, and nothing is added by atomics: two calls are equal bit for bit.
 
 Arguments: arrays [B x heads, length, columns], contiguous (`basis` [tiles x V, R]; a part that the terms do not have is
-any pointer, never read), token counts, outputs, constants. D and R are powers of two, at least 16. The scores, for
-queries with the content bias (Eq. 10): see `prepared`.
+any pointer, never read), token counts, outputs, constants. D and R are powers of two, at least 16. `prepared` has the
+scores.
 """
 
 import triton
