@@ -1,7 +1,7 @@
 """What the kernels of `triton_gpu` take of a GPU, from the compiler: registers, spills, shared memory. Needs no GPU.
 
     python tests/gpu_resources.py [--arch=80,90] [--dtype=bfloat16,float32] [--head_dim=64,128,256] [--kernel=NAME,..]
-        [--causal=0]
+                                  [--causal=0]
 
 compiles every launch of a call with wavelets, forward and backward, for each entry of `triton_gpu.SIZES`, with the
 `ptxas` that triton brings along, and prints one JSON object a kernel. A machine with triton and JAX is enough.
