@@ -178,47 +178,46 @@ def errors_of_scores(plan: Plan, table: np.ndarray, query_TxD: np.ndarray) -> tu
 
 
 def print_errors() -> None:
-    """Against float64, standard normal queries, keys and values, one head of 128, LENGTH tokens, causal."""
+    """Against float64: standard normal queries, keys and values, one head of 128, LENGTH tokens, causal.
+
+    Scores and outputs of the definition in 64 rows of every 512 (its table of 64 x 4,096 distances takes 128 MB).
+    """
     terms, rng = wavelet_terms(), np.random.default_rng(0)
     query, key, value = (rng.standard_normal((LENGTH, HEAD_DIM)).astype(np.float32) for _ in range(3))
-    # The table in float32 is what both forms are given; that of float64 is the method's own.
-    table = table_of(terms, LENGTH)
-    wide = [x.astype(np.float64) for x in (query, key, value)]
-    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
-    by_distance = wide[0] @ table.T
-    exact = (wide[0] @ wide[1].T + np.take_along_axis(by_distance, np.maximum(distance, 0), 1)) / math.sqrt(HEAD_DIM)
-    plain = jnp.matmul(query, key.T) + np.take_along_axis(
-        np.asarray(jnp.matmul(query, table.T.astype(np.float32))), np.maximum(distance, 0), 1
-    )
-    error = np.abs(np.asarray(plain, np.float64) / math.sqrt(HEAD_DIM) - exact)[distance >= 0]
-    print(f"scores of the definition in float32: largest error {error.max():.1e}, rms {np.sqrt(np.mean(error**2)):.1e}")
-    bound = np.max(np.sum(np.abs(wide[0]), axis=1)) / math.sqrt(HEAD_DIM)
-    for tolerance in (*TOLERANCES, tiled.FAR_TOLERANCE["float32"]):
-        near, far = errors_of_scores(plan_of(terms, tolerance), table, query)
-        print(f"  tolerance {tolerance:g}: near scores {near:.1e}, far {far:.1e}; bound {tolerance * bound:.1e}")
+    table = table_of(terms, LENGTH)  # of float32 numbers, which all forms are given
+    starts = range(448, LENGTH, 512)
+    rows = np.concatenate([np.arange(start, start + 64) for start in starts])
+    distance = rows[:, None] - np.arange(LENGTH)
 
-    weights = np.exp(
-        np.where(distance >= 0, exact, -np.inf) - np.max(exact, axis=1, where=distance >= 0, initial=-99)[:, None]
-    )
-    wanted = (weights / weights.sum(1, keepdims=True)) @ wide[2]
+    def scores(dtype: type) -> np.ndarray:
+        q, k, p = (np.asarray(x, dtype) for x in (query[rows], key, table))
+        position = np.take_along_axis(q @ p.T, np.maximum(distance, 0), 1)
+        return np.where(distance >= 0, (q @ k.T + position) / np.sqrt(dtype(HEAD_DIM)), -np.inf)
+
+    exact = scores(np.float64)
+    error = np.abs(scores(np.float32)[distance >= 0] - exact[distance >= 0])
+    print(f"scores as defined, in float32: largest error {error.max():.1e}, rms {np.sqrt(np.mean(error**2)):.1e}")
+    largest = np.max(np.sum(np.abs(query), axis=1)) / math.sqrt(HEAD_DIM)
+    for tolerance in TOLERANCES:
+        near, far = errors_of_scores(plan_of(terms, tolerance), table, query)
+        print(f"  tolerance {tolerance:g}: near scores {near:.1e}, far {far:.1e}; bound {tolerance * largest:.1e}")
+
+    weights = np.exp(exact - exact.max(axis=1, keepdims=True))
+    wanted = weights @ value.astype(np.float64) / weights.sum(axis=1, keepdims=True)
     arrays = [jnp.asarray(x)[None, :, None] for x in (query, key, value)]
 
-    def definition(start: int, rows: int = 64) -> np.ndarray:  # its table of 64 x 4,096 distances takes 128 MB
-        part = arrays[0][:, start : start + rows]
-        return by_rows(part, *arrays[1:], jnp.int32(start))[0, :, 0]
+    @jax.jit
+    def by_definition(start: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(arrays[0], start, 64, 1)
+        return attention(part, *arrays[1:], terms, query_positions=start, key_positions=0, backend="reference")
 
-    by_rows = jax.jit(
-        lambda q, k, v, start: attention(
-            q, k, v, terms, query_positions=start, key_positions=jnp.int32(0), backend="reference"
-        )
-    )
-    outputs = {"reference": np.concatenate([definition(start) for start in range(0, LENGTH, 64)])}
-    for tolerance in TOLERANCES[::-1]:
+    outputs = {"reference": np.concatenate([by_definition(jnp.int32(start))[0, :, 0] for start in starts])}
+    for tolerance in TOLERANCES:
         compute = jax.jit(functools.partial(attention, terms=terms, backend="tiled", far_tolerance=tolerance))
-        outputs[f"tiled, {tolerance:g}"] = np.asarray(compute(*arrays))[0, :, 0]
+        outputs[f"tiled, tolerance {tolerance:g}"] = np.asarray(compute(*arrays))[0, rows, 0]
     for name, out in outputs.items():
-        error = np.abs(np.asarray(out, np.float64) - wanted)
-        print(f"output, {name}: largest error {error.max():.1e}, rms {np.sqrt(np.mean(error**2)):.1e}")
+        error = np.asarray(out, np.float64) - wanted
+        print(f"output, {name}: largest error {np.abs(error).max():.1e}, rms {np.sqrt(np.mean(error**2)):.1e}")
 
 
 def main() -> None:
