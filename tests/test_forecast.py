@@ -58,7 +58,9 @@ def test_memory_is_that_of_a_chunk_beside_the_cache(small_config):
     assert chunked.alias_size_in_bytes >= cache
     assert chunked.argument_size_in_bytes < cache + 2**20
     assert chunked.temp_size_in_bytes < 0.5 * whole.temp_size_in_bytes
-    needed = memory.needed(build(config, 1, length, 1024).step)
+    program = build(config, 1, length, 1024)
+    assert program.cache_bytes == cache
+    needed = memory.needed(program.step)
     assert cache < needed < cache + chunked.temp_size_in_bytes + 2**20
 
 
@@ -95,8 +97,8 @@ def test_the_pace_of_a_machine_is_found(monkeypatch, small_config):
     def program(config, graphdef, params, mesh, *, batch_size, length):
         chunk = prefill.chunk_of(config, length)
         if chunk == length:
-            return Program(batch_size, length, chunk, clock.whole, None, 7.0)
-        return Program(batch_size, length, chunk, clock.chunk, lambda: [], 7.0)
+            return Program(batch_size, length, chunk, clock.whole, None, 0, 7.0)
+        return Program(batch_size, length, chunk, clock.chunk, lambda: [], 0, 7.0)
 
     monkeypatch.setattr(prefill, "build", program)
     monkeypatch.setattr(memory, "needed", lambda _: 0)
@@ -150,7 +152,7 @@ def test_more_memory_than_there_is_is_refused_before_anything_is_read(monkeypatc
 def test_table_tells_memory_and_time_of_each_and_of_all(small_config):
     jobs = []
     for label, base in (("wavelet", 0.01), ("rope", 0.02)):
-        program = Program(1, 1000, 1000, None, None, 0.0)
+        program = Program(1, 1000, 1000, None, None, 0, 0.0)
         job = forecast.Job(
             label, small_config(), None, None, None, {}, None, {1000: forecast.Work(60, 1, 1000)}, {(1, 1000): program}
         )

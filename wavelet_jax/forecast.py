@@ -93,7 +93,9 @@ def prepare(config: ConfigDict, workdir: Path, label: str, corpus: Corpus, work:
     job = Job(label, config, workdir, corpus, graphdef, abstract_state.params, mesh, work, programs={})
 
     longest = job.program(max(work))
-    needed, (limit, owner) = memory.needed(longest.step) + memory.in_use(), memory.available()
+    # The cache is made once for timing and once for scoring.
+    needed = memory.in_use() + memory.needed(longest.step) + memory.kept(longest.cache_bytes)
+    limit, owner = memory.available()
     if needed > limit:
         raise UserError(
             f"{label} at length {longest.length:,} would take {memory.shown(needed)} of memory, in batches of "

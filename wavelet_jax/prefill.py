@@ -55,6 +55,7 @@ class Program:
       chunk: tokens read at a time, at most T.
       step: the compiled `training.make_eval_step` where the chunk is T, else `training.make_chunk_step`.
       empty_layers: makes the layers of an empty cache; None where the chunk is T.
+      cache_bytes: what those take, on all devices together.
       build_seconds: what tracing and compiling took.
     """
 
@@ -63,6 +64,7 @@ class Program:
     chunk: int
     step: jax.stages.Compiled
     empty_layers: Callable[[], list] | None
+    cache_bytes: int
     build_seconds: float
 
     def losses(self, params: dict, tokens_BxT1: np.ndarray, done: Callable[[int, int], object]) -> np.ndarray:
@@ -120,7 +122,7 @@ def build(
     tokens = jax.ShapeDtypeStruct((batch_size, chunk + 1), jnp.int32)
     if chunk == length:
         step = jax.jit(training.make_eval_step(config, graphdef)).lower(abstract_params, tokens).compile()
-        return Program(batch_size, length, chunk, step, None, time.perf_counter() - begin)
+        return Program(batch_size, length, chunk, step, None, 0, time.perf_counter() - begin)
 
     # Each device holds the whole cache: a single long block has no batch to split, and maybe fewer heads than devices.
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -139,4 +141,5 @@ def build(
     def empty_layers() -> list:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=everywhere), shapes)
 
-    return Program(batch_size, length, chunk, step, empty_layers, time.perf_counter() - begin)
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * mesh.size
+    return Program(batch_size, length, chunk, step, empty_layers, cache_bytes, time.perf_counter() - begin)
