@@ -131,7 +131,7 @@ def draw_tiles(plan: Plan, path: Path) -> None:
     )
     axes.legend(
         handles=[
-            Patch(fc=NEAR, label="near scores, made once before the sweep"),
+            Patch(fc=NEAR, label="near scores, made once a tile"),
             Patch(fc=FAR, label=f"far: {rank} more columns beside the {HEAD_DIM} of a key"),
             Patch(fc=PLAIN, label="plain: past the support"),
             Patch(fc="white", ec="black", label="hidden by causality"),
@@ -158,10 +158,10 @@ def print_ranks() -> None:
 def errors_of_scores(plan: Plan, table: np.ndarray, query_TxD: np.ndarray) -> tuple[float, float]:
     """The largest error of q . p / sqrt(D) by the near and by the far form, float32, in the last tile of queries."""
     tiles = plan.tiles
-    cut = jnp.asarray(query_TxD).reshape(-1, 1, 1, tiles.rows, HEAD_DIM)
-    made = rows_of(plan, jnp.moveaxis(cut, -1, -2)[:, :, :, :, None], None)
-    near = np.asarray(made.near[-1, 0, 0, :, 0], np.float64)  # [W, U]
-    far_RxU = made.far[0][-1, 0, 0, :, 0]
+    last_DxU = jnp.asarray(query_TxD[-tiles.rows :]).T
+    made = rows_of(plan, last_DxU[None, None, :, None], None)
+    near = np.asarray(made.near[0, 0, :, 0], np.float64)  # [W, U]
+    far_RxU = made.far[0][0, 0, :, 0]
     first = LENGTH - tiles.rows
     exact_UxT = query_TxD[first:].astype(np.float64) @ table.T
 
