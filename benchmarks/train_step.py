@@ -158,7 +158,7 @@ def draw(results: dict, path: Path) -> None:
     for i, name in enumerate(names):
         low, middle, high = spread[name]
         if name.startswith(PEER):
-            axes.barh(i, middle, color=grey, label=f"{PEER.strip()} (PyTorch)")
+            axes.barh(i, middle, color=figures.COLOURS[7], label=f"{PEER.strip()} (PyTorch)")
         else:
             edges = np.clip([0, rest, nope, middle], 0, middle)  # noise may put a part's end past the whole
             for part, left, right in zip(parts, edges, edges[1:], strict=False):
