@@ -193,11 +193,16 @@ def outside(*command: str) -> str:
     return done.stdout
 
 
+# Bytes of registers that a thread may spill, loads and stores of the whole program: float32 products in three parts
+# hold their operands several times.
+MOST_SPILLS = {"bfloat16": 0, "float32": 1024}
+
+
 @slow
 @needs_triton
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", MOST_SPILLS)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_without_spills_and_within_shared_memory(arch, dtype):
+def test_compiled_kernels_fit_the_gpu(arch, dtype):
     """For heads of 128; `python tests/gpu_resources.py` says it of every entry of the table."""
     import gpu_resources
 
@@ -205,9 +210,9 @@ def test_compiles_without_spills_and_within_shared_memory(arch, dtype):
     rows = [json.loads(line) for line in said.splitlines()]
     assert [row["kernel"] for row in rows] == ["forward", "query_gradients", "key_gradients"]
     for row in rows:
-        assert row["spills"] == 0, row
+        assert row["spills"] <= MOST_SPILLS[dtype], row
         assert row["shared"] <= gpu_resources.SHARED_LIMIT[arch], row
-        assert row["mma"] + row["wgmma"] > 0, row  # on matrix units
+        assert row["wgmma" if (arch, dtype) == (90, "bfloat16") else "mma"] > 0, row  # on matrix units
 
 
 LOWER = """

@@ -47,20 +47,22 @@ _128, _64 = Tiles(rows=128, block=128, band=64, keys=64), Tiles(rows=64, block=6
 
 # (compute capability, bytes of a number, head_dim at most): sizes. Chosen by what the compiler says of registers,
 # spills and shared memory, not by a clock: no GPU was at hand. `tests/gpu_resources.py` prints that of every entry.
-# Bands are as narrow as tiles allow: near scores are rows + band float32 numbers a query and head.
+# Causal with wavelets of 2^0 .. 2^7, 16-bit numbers spill nothing; float32 spills tens of bytes for heads of 64, and
+# up to some kilobytes for 256. Bands are as narrow as tiles allow: near scores are rows + band float32 numbers a query
+# and head.
 SIZES = {
     (80, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 4, 2)),
     (80, 2, 128): Sizes(_128, Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
     (80, 2, 256): Sizes(_64, Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1)),
-    (80, 4, 64): Sizes(_64, Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    (80, 4, 128): Sizes(_64, Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    (80, 4, 256): Sizes(_64, Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
+    (80, 4, 64): Sizes(_64, Blocks(64, 32, 8, 2), Blocks(32, 16, 8, 2), Blocks(32, 32, 8, 2)),
+    (80, 4, 128): Sizes(_64, Blocks(32, 32, 8, 2), Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2)),
+    (80, 4, 256): Sizes(_64, Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 2)),
     (90, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
     (90, 2, 128): Sizes(_128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 8, 2)),
     (90, 2, 256): Sizes(_64, Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
-    (90, 4, 64): Sizes(_64, Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    (90, 4, 128): Sizes(_64, Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    (90, 4, 256): Sizes(_64, Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
+    (90, 4, 64): Sizes(_64, Blocks(64, 32, 8, 2), Blocks(32, 16, 8, 2), Blocks(32, 32, 8, 2)),
+    (90, 4, 128): Sizes(_64, Blocks(32, 32, 8, 2), Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2)),
+    (90, 4, 256): Sizes(_64, Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 2)),
 }
 # The most stages where a far form has so many columns (after padding), whose tiles take shared memory too; 1 for more.
 MOST_STAGES = {16: 3, 32: 2}
