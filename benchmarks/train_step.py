@@ -55,6 +55,7 @@ NO_ATTENTION, PEER = "no attention", "x-transformers "
 def main() -> None:
     out = Path(OUT.value)
     _check(out)
+    environment = measure.environment()  # first, so that its load average is that of others
     vocab_size = VOCAB.value or Byte.vocab_size
     tokens_BxL1 = np.random.default_rng(0).integers(vocab_size, size=(BATCH.value, LENGTH.value + 1))
     cases = {
@@ -69,7 +70,6 @@ def main() -> None:
                 _config(method), method, vocab_size, tokens_BxL1, compiled=TORCH_COMPILE.value
             )
 
-    environment = measure.environment()  # its load average is of before
     times = measure.in_turn({name: case.run for name, case in cases.items()}, ROUNDS.value)
     wrong = [name for name, case in cases.items() if not np.isfinite(case.loss())]
     if wrong:
