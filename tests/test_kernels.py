@@ -181,8 +181,8 @@ def test_float64_with_the_shipped_tiles(dtype, first_exponent):
     - float32: twice the definition's error, as in test_tiled.py: the far form adds its own.
     - bfloat16, scales 2^0..2^7: that of plain attention in bfloat16, against its own float64.
     - bfloat16, 2^2..2^9: that of "tiled". Both have a row's sum of w dw from an output that is rounded to bfloat16.
-      What it adds to all derivatives of a row is not cancelled where position vectors are alike for hundreds of keys: the
-      queries' gradient is off by 2.8e-3; with the output in float32 by 2.4e-3, which is plain attention's too.
+      What it adds to all derivatives of a row is not cancelled where position vectors are alike for hundreds of keys:
+      the queries' gradient is off by 2.8e-3; with the output in float32 by 2.4e-3, which is plain attention's too.
     """
     L = 1300
     method = positions.make("wavelet", num_heads=2, head_dim=128, first_exponent=first_exponent)
