@@ -10,7 +10,7 @@ from absl import logging
 
 from wavelet_jax import memory
 from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
-from wavelet_jax.attention.call import Call
+from wavelet_jax.attention.call import Call, is_repeated
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
 
@@ -276,8 +276,8 @@ def _reservations(name: str, call: Call) -> list[str]:
     found = []
     if name == "cudnn" and not cudnn.is_deterministic():
         found.append(f"{cudnn.DETERMINISTIC} to repeat its gradients")
-    if name == "triton_gpu" and triton_gpu.is_repeated():
-        found.append("shard_map on several GPUs, each of which would do the work of all")
+    if name in ("pallas_tpu", "triton_gpu") and is_repeated():
+        found.append("shard_map on several devices, each of which would do the work of all")
     if call.queries * call.keys < TILED_FROM:
         found.append(f"at least {TILED_FROM} scores a head to be worth it")
     return found

@@ -48,3 +48,13 @@ def consecutive_only(call: Call) -> list[str]:
     if call.dropout:
         found.append("no attention dropout")
     return found
+
+
+def is_repeated() -> bool:
+    """Whether a kernel in this traced function would do the work of all devices on each of them.
+
+    XLA cannot divide a kernel's arrays among devices; inside of a `jax.shard_map` over the whole mesh they are divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = mesh.manual_axes and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() > 1 and not divided

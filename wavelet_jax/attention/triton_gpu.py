@@ -133,16 +133,6 @@ def gpu_capability() -> tuple[int, int] | None:
     return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(n.isdigit() for n in numbers) else None
 
 
-def is_repeated() -> bool:
-    """Whether a kernel in this traced function would do the work of all devices on each of them.
-
-    XLA cannot divide a kernel's arrays among devices; inside of a `jax.shard_map` over the whole mesh they are divided.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    divided = mesh.manual_axes and set(mesh.manual_axes) == set(mesh.axis_names)
-    return jax.device_count() > 1 and not divided
-
-
 def attention(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
     """Softmax attention as `Terms` writes it, of a call without `obstacles`; scores and softmax in float32.
 
