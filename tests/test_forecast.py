@@ -48,17 +48,20 @@ def test_chunks_are_whole_and_leave_nothing_out(length, chunk):
 
 
 def test_memory_is_that_of_a_chunk_beside_the_cache(small_config):
-    """16,384 tokens read 1,024 at a time take a chunk's activations, not all tokens', and a copy of a layer's keys and
+    """16,384 tokens read 256 at a time take a chunk's activations, not all tokens', and a copy of a layer's keys and
     values, padded; the cache is an argument, updated in place.
+
+    The model is so small that a tile of attention weighs as much as 16,384 activations: the chunk is one whose tiles
+    are small too.
     """
-    length, cache = 16384, 2 * 2 * 16384 * 2 * 16 * 4
+    length, chunk, cache = 16384, 256, 2 * 2 * 16384 * 2 * 16 * 4
     config = small_config("wavelet")
     config.train.logits_chunk = 256
-    whole, chunked = (build(config, 1, length, chunk).step.memory_analysis() for chunk in (0, 1024))
+    whole, chunked = (build(config, 1, length, read).step.memory_analysis() for read in (length, chunk))
     assert chunked.alias_size_in_bytes >= cache
     assert chunked.argument_size_in_bytes < cache + 2**20
-    assert chunked.temp_size_in_bytes < 0.5 * whole.temp_size_in_bytes
-    program = build(config, 1, length, 1024)
+    assert chunked.temp_size_in_bytes < 0.3 * whole.temp_size_in_bytes
+    program = build(config, 1, length, chunk)
     assert program.cache_bytes == cache
     needed = memory.needed(program.step)
     assert cache < needed < cache + chunked.temp_size_in_bytes + 2**20
