@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, cli, evaluation, runs, sharding, training
+from wavelet_jax import checkpoint, cli, evaluation, processes, runs, sharding, training
 from wavelet_jax.data import Windows, load_corpus
 from wavelet_jax.errors import UserError
 
@@ -39,7 +39,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
     train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
-    eval_step = jax.jit(training.make_eval_step(config, graphdef))
+    # Every process sees all losses of a validation batch.
+    eval_step = jax.jit(training.make_eval_step(config, graphdef), out_shardings=sharding.everywhere(mesh))
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
     with contextlib.ExitStack() as stack:
@@ -48,28 +49,36 @@ def train(config: ConfigDict, workdir: Path) -> None:
         first = int(state.step)
         if first > config.train.steps:
             raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
-        runs.save_config(workdir, config)
-        log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
-        print(
-            f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
-            f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
-            f"updates {first:,} to {config.train.steps:,}",
-            file=sys.stderr,
-        )
+        if processes.is_first():
+            runs.save_config(workdir, config)
+            log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
+            print(
+                f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
+                f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
+                f"updates {first:,} to {config.train.steps:,}",
+                file=sys.stderr,
+            )
 
         size, parts = config.train.batch_size, config.train.accumulation
-        batch_sharding = sharding.batch_sharding(mesh, leading=1)
+        place = sharding.batch_sharding(mesh, leading=1)
+
+        def batch_at(position: int) -> jax.Array:
+            def read(first: int, count: int) -> np.ndarray:
+                return windows.batch(position + first, count)
+
+            return sharding.load_batch(read, (parts, size // parts, config.train.length + 1), place)
+
         last_logged, last_time = first, time.perf_counter()
         progress = tqdm(
             range(first + 1, config.train.steps + 1),
             initial=first,
             total=config.train.steps,
             desc=f"{config.position.method:>14}",
+            disable=not processes.is_first(),
             mininterval=runs.PROGRESS_INTERVAL,
         )
         for step in progress:
-            tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
-            state, metrics = train_step(state, jax.device_put(tokens, batch_sharding))
+            state, metrics = train_step(state, batch_at(position))
             position += size
 
             last = step == config.train.steps
@@ -87,7 +96,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
                 if validate:
                     metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
-                log.write(step, metrics)
+                if processes.is_first():
+                    log.write(step, metrics)
                 shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
                 progress.set_postfix(shown, refresh=False)
                 last_logged, last_time = step, time.perf_counter()
@@ -131,9 +141,14 @@ def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) 
     """Mean loss over the same `config.eval.windows` validation windows each time, or all where there are fewer."""
     count, size = min(config.eval.windows, validation.num_windows), config.train.batch_size
     place = sharding.batch_sharding(mesh)
-    # Batches are whole, for the mesh; windows past `count` are not counted.
-    batches = [validation.batch(start, size) for start in range(0, count, size)]
-    losses = [np.asarray(eval_step(params, jax.device_put(batch, place))) for batch in batches]
+    losses = []
+    for start in range(0, count, size):  # batches are whole, for the mesh; windows past `count` are not counted
+
+        def read(first: int, rows: int, start: int = start) -> np.ndarray:
+            return validation.batch(start + first, rows)
+
+        tokens = sharding.load_batch(read, (size, config.train.length + 1), place)
+        losses.append(np.asarray(eval_step(params, tokens)))
     return float(np.concatenate(losses)[:count].mean(dtype=np.float64))
 
 

@@ -2,11 +2,20 @@
 
 import ctypes
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from wavelet_jax import processes
 from wavelet_jax.errors import UserError
+
+COORDINATOR = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "of several processes: which of them this is, from 0")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "join the cluster that JAX finds; left out: where the environment counts several processes"
+)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -41,6 +50,7 @@ def run(main: Callable[[], None]) -> None:
     def start(_) -> None:
         if not flags.FLAGS["verbosity"].present:  # absl would show what libraries say at INFO
             logging.set_verbosity(logging.WARNING)
+        processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
         main()
 
     _keep_memory()
@@ -48,4 +58,7 @@ def run(main: Callable[[], None]) -> None:
         app.run(start, flags_parser=_parse)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        processes.end(2)
+    except Exception:
+        traceback.print_exc()
+        processes.end(1)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, runs
+from wavelet_jax import checkpoint, forecast, processes, runs
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
@@ -162,6 +162,8 @@ def evaluate(
 ) -> list[Curve]:
     """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
 
+    Of several processes, all compute and the first writes.
+
     Args:
       workdirs: directories of runs that read the same corpus with the same tokenizer.
       lengths: tokens.
@@ -197,7 +199,8 @@ def evaluate(
             blocks_of[workdir, length] = blocks
         jobs.append(forecast.prepare(config, workdir, label, corpus, work))
     jobs = [forecast.timed(job) for job in jobs]  # after the memory of all of them has been seen to be there
-    print(forecast.table(jobs, num_targets), file=sys.stderr)
+    if processes.is_first():
+        print(forecast.table(jobs, num_targets), file=sys.stderr)
 
     curves = []
     for job in jobs:
@@ -230,9 +233,10 @@ def evaluate(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    write(curves, stamp, out)
-    print(table(curves, stamp))
-    print("\nwritten:", *(out / name for name in WRITTEN), sep="\n  ")
+    if processes.is_first():
+        write(curves, stamp, out)
+        print(table(curves, stamp))
+        print("\nwritten:", *(out / name for name in WRITTEN), sep="\n  ")
     return curves
 
 

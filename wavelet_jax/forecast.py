@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, memory, prefill, runs, sharding, training
+from wavelet_jax import checkpoint, memory, prefill, processes, runs, sharding, training
 from wavelet_jax.data import Corpus
 from wavelet_jax.errors import UserError
 from wavelet_jax.prefill import Pace, Program
@@ -135,6 +135,7 @@ def progress(job: Job, length: int, title: str) -> Iterator[Callable[[int, int],
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         smoothing=0,  # what remains is of the time, so the mean rate tells it best
         leave=False,
+        disable=not processes.is_first(),
         mininterval=runs.PROGRESS_INTERVAL,
         miniters=0,  # one chunk may take longer than many before it
     ) as bar:

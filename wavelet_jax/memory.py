@@ -15,14 +15,14 @@ def available() -> tuple[int, str]:
     """
     if not _devices_say():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
-    devices = jax.devices()
+    devices = jax.local_devices()
     return sum(device.memory_stats()["bytes_limit"] for device in devices), f"{len(devices)} x {devices[0].device_kind}"
 
 
 def in_use() -> int:
     """Bytes of the memory of `available` that this process holds now; 0 where the system does not say."""
     if _devices_say():
-        return sum(device.memory_stats().get("bytes_in_use", 0) for device in jax.devices())
+        return sum(device.memory_stats().get("bytes_in_use", 0) for device in jax.local_devices())
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -33,7 +33,7 @@ def in_use() -> int:
 def peak() -> int:
     """The most bytes of the memory of `available` that this process has held."""
     if _devices_say():
-        return sum(device.memory_stats().get("peak_bytes_in_use", 0) for device in jax.devices())
+        return sum(device.memory_stats().get("peak_bytes_in_use", 0) for device in jax.local_devices())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -48,14 +48,14 @@ def kept(count: int) -> int:
 
 
 def _devices_say() -> bool:
-    return all("bytes_limit" in (device.memory_stats() or {}) for device in jax.devices())
+    return all("bytes_limit" in (device.memory_stats() or {}) for device in jax.local_devices())
 
 
 def needed(program: jax.stages.Compiled) -> int:
-    """Bytes of the arguments, results and temporary arrays of a program over all devices, on all of them together."""
+    """Bytes of the arguments, results and temporary arrays of a program, on all devices of this process together."""
     analysis = program.memory_analysis()
     kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return (kept + analysis.temp_size_in_bytes) * jax.device_count()
+    return (kept + analysis.temp_size_in_bytes) * jax.local_device_count()
 
 
 def shown(count: int) -> str:

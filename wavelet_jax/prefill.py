@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from wavelet_jax import training
+from wavelet_jax import sharding, training
 
 _PROBE = 4  # chunks read before the deeper one of the two that `measure` times
 
@@ -55,7 +55,7 @@ class Program:
       chunk: tokens read at a time, at most T.
       step: the compiled `training.make_eval_step` where the chunk is T, else `training.make_chunk_step`.
       empty_layers: makes the layers of an empty cache; None where the chunk is T.
-      cache_bytes: what those take, on all devices together.
+      cache_bytes: what those take, on all devices of this process together.
       build_seconds: what tracing and compiling took.
     """
 
@@ -119,13 +119,14 @@ def build(
     """
     begin = time.perf_counter()
     chunk = chunk_of(config, length)
+    # Every process sees all losses. The cache is whole on each device too: a single long block has no batch to split,
+    # and maybe fewer heads than devices.
+    everywhere = sharding.everywhere(mesh)
     tokens = jax.ShapeDtypeStruct((batch_size, chunk + 1), jnp.int32)
     if chunk == length:
-        step = jax.jit(training.make_eval_step(config, graphdef)).lower(abstract_params, tokens).compile()
+        eval_step = jax.jit(training.make_eval_step(config, graphdef), out_shardings=everywhere)
+        step = eval_step.lower(abstract_params, tokens).compile()
         return Program(batch_size, length, chunk, step, None, 0, time.perf_counter() - begin)
-
-    # Each device holds the whole cache: a single long block has no batch to split, and maybe fewer heads than devices.
-    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def empty(params: dict) -> list:
         return nnx.merge(graphdef, params).init_cache(batch_size, length)[0]
@@ -141,5 +142,5 @@ def build(
     def empty_layers() -> list:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=everywhere), shapes)
 
-    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * mesh.size
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * mesh.local_mesh.size
     return Program(batch_size, length, chunk, step, empty_layers, cache_bytes, time.perf_counter() - begin)

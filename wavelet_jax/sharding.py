@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -68,3 +70,30 @@ def tree_shardings(mesh: Mesh, tree):
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Where a batch of tokens lies: its batch dimension over data and fsdp, after `leading` whole ones."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, *BATCH))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Whole on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def load_batch(read: Callable[[int, int], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """Token windows as one array over all processes, int32; each process reads those that its own devices hold.
+
+    Args:
+      read: (first, count) -> windows number first .. first + count - 1, [count, length].
+      shape: (rows, length), or (parts, rows, length): window (part, row) is number part * rows + row, however many
+        processes and devices there are.
+      sharding: splits rows alone; see `batch_sharding`.
+    """
+    *parts, rows, length = shape
+    seen = {}  # devices along axes that do not split rows hold the same ones
+
+    def held(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[-2].indices(rows)
+        if start not in seen:
+            windows = [read(part * rows + start, stop - start) for part in range(math.prod(parts))]
+            seen[start] = np.concatenate(windows).reshape(*parts, stop - start, length)
+        return seen[start]
+
+    return jax.make_array_from_callback(shape, sharding, held)

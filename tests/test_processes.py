@@ -1,0 +1,133 @@
+"""Several processes on one machine as one run: the same data, losses and files as one process makes."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from wavelet_jax import processes, runs, sharding
+from wavelet_jax.data import Windows
+from wavelet_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 1),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),  # a batch script's own shell
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": ""}, 1),
+    ],
+)
+def test_the_environment_counts_processes(environment, expected):
+    assert processes.count(environment) == expected
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("here:1", None, None, None), "go together: --num_processes is missing"),
+        ((None, 2, 1, None), "go together: --coordinator is missing"),
+        (("here", 2, 1, None), "HOST:PORT of process 0, not here"),
+        (("here:1", 2, 2, None), "--process_id must be 0 to 1"),
+        (("here:1", 0, 0, None), "--num_processes must be at least 1"),
+        (("here:1", 1, 0, True), "leave it out beside"),
+        ((None, None, None, True), "did not find one another"),
+    ],
+)
+def test_what_does_not_go_together(arguments, said):
+    with pytest.raises(UserError, match=said):
+        processes.start(*arguments)
+
+
+def test_one_process_starts_alone():
+    processes.start(None, None, None, None)
+    assert not jax.distributed.is_initialized()
+    assert processes.is_first()
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (3, 2, 9)])
+def test_a_batch_is_read_by_window_number(shape):
+    windows = Windows(np.arange(4000), 8, seed=1)
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
+    place = sharding.batch_sharding(mesh, leading=len(shape) - 2)
+    batch = sharding.load_batch(lambda first, count: windows.batch(40 + first, count), shape, place)
+    np.testing.assert_array_equal(np.asarray(batch).reshape(6, 9), windows.batch(40, 6))
+
+
+def together(num_processes: int, devices: int, script: str, *arguments: object) -> list[str]:
+    """Runs a command as several processes of some devices each; returns what each wrote on stderr."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    running = []
+    for i in range(num_processes):
+        flags = [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}", f"--process_id={i}"]
+        each = command(script, *arguments, *(flags if num_processes > 1 else []))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(each, env=environment, cwd=ROOT, **pipes))
+    try:
+        ended = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), [err for _, err in ended]
+    said = [line for out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
+    assert said == []
+    return [err for _, err in ended]
+
+
+def losses(workdir) -> np.ndarray:
+    metrics = runs.read_metrics(workdir)
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+    return np.array([line["loss"] for line in metrics])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(text_files, tmp_path):
+    """Sums over devices are taken in another order: rounding, grown a little by each of 20 Adam updates."""
+    flags = [
+        f"--config={ROOT}/configs/smoke.py:wavelet",
+        "--config.data.source=text",
+        f"--config.data.train_files={text_files}/*.txt",
+        "--config.data.validation_fraction=0.2",
+        f"--config.data.cache_dir={tmp_path}/cache",
+        "--config.log.every=1",
+        "--config.mesh.fsdp=2",
+        "--config.optimizer.decay_steps=20",
+        "--config.train.accumulation=2",
+        "--config.train.batch_size=16",
+    ]
+    one = [*flags, f"--workdir={tmp_path}/one", "--config.train.steps=20"]
+    two = [*flags, f"--workdir={tmp_path}/two"]
+    together(1, 8, "train.py", *one)
+    first, second = together(2, 4, "train.py", *two, "--config.train.steps=10")
+    assert "updates 0 to 10" in first
+    assert not any(word in second for word in ("updates", "wavelet:", "it/s"))
+    together(1, 4, "train.py", *two, "--config.train.steps=20")
+    expected = losses(tmp_path / "one")
+    np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=2e-5)
+    assert expected[-1] < 0.9 * expected[0]
+
+    tables = []
+    for count, devices in ((1, 1), (2, 2)):
+        out = tmp_path / f"out{count}"
+        together(count, devices, "eval.py", f"--workdir={tmp_path}/two", "--lengths=64,256", f"--out={out}")
+        with (out / "extrapolation.csv").open() as file:
+            tables.append([float(row["loss"]) for row in csv.DictReader(file)])
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-5)

@@ -1,0 +1,86 @@
+"""Several processes that run one program: how they find one another, and which of them speaks.
+
+Every process of a run does the same, on the devices of all of them together; process 0 alone prints, logs and writes
+what is written once. Call `start` before anything asks JAX for its devices.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
+
+import jax
+
+from wavelet_jax.errors import UserError
+
+
+def count(environment: Mapping[str, str]) -> int:
+    """Processes of the run that this environment is one of: of SLURM's srun, Open MPI's mpirun, or a GKE TPU slice.
+
+    A batch script's own shell, or a single interactive task, counts one. A TPU VM's metadata server alone knows its
+    pod: there --distributed is given.
+    """
+
+    def number(name: str) -> int:
+        return int(environment[name]) if environment.get(name, "").isdecimal() else 1
+
+    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    tpu_hosts = len(hosts) * number("MEGASCALE_NUM_SLICES")
+    return max(tpu_hosts, number("SLURM_STEP_NUM_TASKS"), number("OMPI_COMM_WORLD_SIZE"))
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool | None) -> None:
+    """Joins the other processes, if there are any.
+
+    Args:
+      coordinator, num_processes, process_id: HOST:PORT of process 0, how many there are and which this is; or all None.
+      distributed: whether to join the cluster that JAX finds; None: where the environment counts several processes.
+
+    Raises:
+      UserError: what does not go together, or processes that do not come.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if not (count(os.environ) > 1 if distributed is None else distributed):
+            return
+        arguments = {}
+    else:
+        if distributed is not None:
+            raise UserError("--distributed asks the environment: leave it out beside --coordinator")
+        if missing:
+            raise UserError(f"--coordinator, --num_processes and --process_id go together: --{missing[0]} is missing")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UserError(f"--coordinator is HOST:PORT of process 0, not {coordinator}")
+        if num_processes < 1:
+            raise UserError(f"--num_processes must be at least 1, not {num_processes}")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id must be 0 to {num_processes - 1}, one each, not {process_id}")
+        arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    try:
+        jax.distributed.initialize(**arguments)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the processes of this run did not find one another ({reason}): --coordinator=HOST:PORT, --num_processes "
+            "and --process_id say what the environment does not, and --nodistributed runs this process alone"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints, logs and writes."""
+    return jax.process_index() == 0
+
+
+def end(code: int) -> NoReturn:
+    """Leaves with an exit code.
+
+    One of several processes leaves at once: at an ordinary end it would first wait for the others, who wait for it.
+    They are told by the coordinator that it is gone, and end with an error of their own.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
