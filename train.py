@@ -38,8 +38,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     windows = Windows(corpus.train, config.train.length, config.train.seed)
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
-    train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
-    eval_step = jax.jit(training.make_eval_step(config, graphdef))
+    train_step = jax.jit(training.make_train_step(config, graphdef, mesh), donate_argnums=0)
+    eval_step = jax.jit(training.make_eval_step(config, graphdef, mesh))
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
     with contextlib.ExitStack() as stack:
