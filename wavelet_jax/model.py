@@ -81,7 +81,9 @@ class Block(nnx.Module):
         if method.per_layer:
             self.position = _as_params(method.init(rngs.params()))
 
-    def __call__(self, x_BxTxE, shared_position, *, query_positions, key_positions, segment_ids, cache, dropout_key, mesh):
+    def __call__(
+        self, x_BxTxE, shared_position, *, query_positions, key_positions, segment_ids, cache, dropout_key, mesh
+    ):
         """One layer. Returns x_BxTxE and, of the layer's cache, the new (key, value)."""
         position = self.position if self.method.per_layer else shared_position
         params = {name: param[...] for name, param in position.items()}
@@ -178,7 +180,9 @@ class Decoder(nnx.Module):
             self.hidden(tokens_BxT, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key)
         )
 
-    def hidden(self, tokens_BxT, *, positions=None, segment_ids=None, dropout_key=None, mesh: Mesh | None = None) -> jax.Array:
+    def hidden(
+        self, tokens_BxT, *, positions=None, segment_ids=None, dropout_key=None, mesh: Mesh | None = None
+    ) -> jax.Array:
         """The last layer's output [B, T, E], normed where the config says so.
 
         Args:
@@ -191,9 +195,9 @@ class Decoder(nnx.Module):
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        return self._run(
-            tokens_BxT, positions, positions, segment_ids=segment_ids, dropout_key=dropout_key, mesh=mesh
-        )[0]
+        return self._run(tokens_BxT, positions, positions, segment_ids=segment_ids, dropout_key=dropout_key, mesh=mesh)[
+            0
+        ]
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `extend` with room for `length` tokens."""
