@@ -38,9 +38,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     windows = Windows(corpus.train, config.train.length, config.train.seed)
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
-    train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
+    train_step = jax.jit(training.make_train_step(config, graphdef, mesh), donate_argnums=0)
     # Every process sees all losses of a validation batch.
-    eval_step = jax.jit(training.make_eval_step(config, graphdef), out_shardings=sharding.everywhere(mesh))
+    eval_step = jax.jit(training.make_eval_step(config, graphdef, mesh), out_shardings=sharding.everywhere(mesh))
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
     with contextlib.ExitStack() as stack:
@@ -60,13 +60,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
             )
 
         size, parts = config.train.batch_size, config.train.accumulation
-        place = sharding.batch_sharding(mesh, leading=1)
 
         def batch_at(position: int) -> jax.Array:
             def read(first: int, count: int) -> np.ndarray:
                 return windows.batch(position + first, count)
 
-            return sharding.load_batch(read, (parts, size // parts, config.train.length + 1), place)
+            return sharding.load_batch(read, (parts, size // parts, config.train.length + 1), mesh, leading=1)
 
         last_logged, last_time = first, time.perf_counter()
         progress = tqdm(
@@ -140,14 +139,13 @@ def main() -> None:
 def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
     """Mean loss over the same `config.eval.windows` validation windows each time, or all where there are fewer."""
     count, size = min(config.eval.windows, validation.num_windows), config.train.batch_size
-    place = sharding.batch_sharding(mesh)
     losses = []
     for start in range(0, count, size):  # batches are whole, for the mesh; windows past `count` are not counted
 
         def read(first: int, rows: int, start: int = start) -> np.ndarray:
             return validation.batch(start + first, rows)
 
-        tokens = sharding.load_batch(read, (size, config.train.length + 1), place)
+        tokens = sharding.load_batch(read, (size, config.train.length + 1), mesh)
         losses.append(np.asarray(eval_step(params, tokens)))
     return float(np.concatenate(losses)[:count].mean(dtype=np.float64))
 

@@ -41,7 +41,8 @@ def ours(config: ConfigDict, vocab_size: int, tokens_BxL1: np.ndarray, *, attend
     Raises `UserError` for a config that the decoder, the position method or the optimizer refuses.
     """
     device = jax.devices()[:1]
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=device)
+    types = (AxisType.Auto,) * len(sharding.AXES)
+    mesh = jax.make_mesh((1,) * len(types), sharding.AXES, axis_types=types, devices=device)
     graphdef, state, _ = training.init(config, vocab_size, mesh)
     parameters = training.count_parameters(state.params)
     train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)

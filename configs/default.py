@@ -43,7 +43,9 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     model.attention_dropout = 0.0  # on attention probabilities
     model.activation_dropout = 0.0  # inside the feed-forward
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters are float32
-    model.remat = "none"  # none | block: recompute each block in the backward pass, for memory
+    # What blocks keep for the backward pass, which computes the rest again, for memory: none: all is kept | dots: products
+    # with parameters, and attention | attention: its output, so that no score is computed a third time | block: nothing.
+    model.remat = "none"  # none | dots | attention | block, from most memory to least
     model.attention_backend = "auto"  # auto, or one of wavelet_jax.attention.BACKENDS
 
     # --- Position: the method, and all methods' options (each reads those that are its own) -----------------------
@@ -108,6 +110,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # batches are split over data and fsdp
     mesh.fsdp = 1  # parameters and optimizer state too
+    mesh.context = 1  # sequences are split over it; train.length is a multiple of twice its size
     mesh.tensor = 1  # heads and the feed-forward's width are split over it
 
     # --- A comparison: several methods one after another, then evaluation and figures; empty: one run --------------

@@ -60,12 +60,11 @@ def test_one_process_starts_alone():
     assert processes.is_first()
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (3, 2, 9)])
-def test_a_batch_is_read_by_window_number(shape):
+@pytest.mark.parametrize(("shape", "leading"), [((6, 9), 0), ((3, 2, 9), 1)])
+def test_a_batch_is_read_by_window_number(shape, leading):
     windows = Windows(np.arange(4000), 8, seed=1)
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
-    place = sharding.batch_sharding(mesh, leading=len(shape) - 2)
-    batch = sharding.load_batch(lambda first, count: windows.batch(40 + first, count), shape, place)
+    batch = sharding.load_batch(lambda first, count: windows.batch(40 + first, count), shape, mesh, leading)
     np.testing.assert_array_equal(np.asarray(batch).reshape(6, 9), windows.batch(40, 6))
 
 

@@ -87,7 +87,7 @@ def prepare(config: ConfigDict, workdir: Path, label: str, corpus: Corpus, work:
     Raises:
       UserError: the longest program needs more memory than there is.
     """
-    config.mesh.update(data=1, fsdp=-1, tensor=1)  # the devices here, whatever the run was trained on
+    config.mesh.update(data=1, fsdp=-1, context=1, tensor=1)  # the devices here, whatever the run was trained on
     mesh = sharding.make_mesh(config)
     graphdef, abstract_state = training.shapes(config, corpus.tokenizer.vocab_size, mesh)
     job = Job(label, config, workdir, corpus, graphdef, abstract_state.params, mesh, work, programs={})

@@ -11,18 +11,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from wavelet_jax import positions
-from wavelet_jax.attention import BACKENDS, attention
+from wavelet_jax.attention import BACKENDS, KEPT, attention, sharded
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.absolute import check_positions
+from wavelet_jax.sharding import ATTENTION_AXES, constrain
 
 NORMS = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}
 ACTIVATIONS = ("swiglu", "relu")
 INITIALIZERS = {"fan_in": nnx.initializers.lecun_normal(), "xavier": nnx.initializers.xavier_uniform()}
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "block")
+# What the blocks keep of a forward pass, beside their inputs, for the backward pass, which computes the rest again.
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(KEPT)
+_KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # products with parameters, and not scores
+REMATS = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_KEEP_DOTS, _KEEP_ATTENTION),
+    "attention": _KEEP_ATTENTION,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 # One (key [B, S, K, D], value [B, S, K, D]) a layer, and how many of the S slots are filled (int32).
 Cache = tuple[list[tuple[jax.Array, jax.Array]], jax.Array]
@@ -71,10 +81,12 @@ class Block(nnx.Module):
         if method.per_layer:
             self.position = _as_params(method.init(rngs.params()))
 
-    def __call__(self, x_BxTxE, shared_position, *, query_positions, key_positions, segment_ids, cache, dropout_key):
+    def __call__(
+        self, x_BxTxE, shared_position, *, query_positions, key_positions, segment_ids, cache, dropout_key, mesh
+    ):
         """One layer. Returns x_BxTxE and, of the layer's cache, the new (key, value)."""
         position = self.position if self.method.per_layer else shared_position
-        terms = self.method.terms({name: param[...] for name, param in position.items()})
+        params = {name: param[...] for name, param in position.items()}
         keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
 
         with jax.named_scope("attention"):
@@ -85,26 +97,42 @@ class Block(nnx.Module):
                 start = (0, query_positions, 0, 0)
                 key_BxSxKxD = jax.lax.dynamic_update_slice(cache[0], key_BxSxKxD, start)
                 value_BxSxKxD = jax.lax.dynamic_update_slice(cache[1], value_BxSxKxD, start)
-            h_BxTxHxD = attention(
-                query_BxTxHxD,
-                key_BxSxKxD,
-                value_BxSxKxD,
-                terms,
-                query_positions=query_positions,
-                key_positions=key_positions,
-                segment_ids=segment_ids,
-                dropout_rate=0.0 if dropout_key is None else self.attention_dropout,
-                dropout_key=keys[0],
-                backend=self.backend,
-            )
+            dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
+            if mesh is not None and mesh.size > 1 and dropout_rate == 0:
+                h_BxTxHxD = sharded.attention(
+                    query_BxTxHxD,
+                    key_BxSxKxD,
+                    value_BxSxKxD,
+                    self.method.terms,
+                    params,
+                    query_positions,
+                    mesh=mesh,
+                    **ATTENTION_AXES,
+                    segment_ids=segment_ids,
+                    backend=self.backend,
+                )
+            else:  # also what a dropout of weights draws for the whole score matrix, whatever the mesh
+                h_BxTxHxD = attention(
+                    query_BxTxHxD,
+                    key_BxSxKxD,
+                    value_BxSxKxD,
+                    self.method.terms(params),
+                    query_positions=query_positions,
+                    key_positions=key_positions,
+                    segment_ids=segment_ids,
+                    dropout_rate=dropout_rate,
+                    dropout_key=keys[0],
+                    backend=self.backend,
+                )
             x_BxTxE += _dropout(self.dropout, self.out(einops.rearrange(h_BxTxHxD, "b t h d -> b t (h d)")), keys[1])
 
         with jax.named_scope("feed_forward"):
             h_BxTxE = self.feed_forward_norm(x_BxTxE)
             up_BxTxF = self.up(h_BxTxE)
             h_BxTxF = jax.nn.silu(self.gate(h_BxTxE)) * up_BxTxF if self.swiglu else jax.nn.relu(up_BxTxF)
+            h_BxTxF = constrain(h_BxTxF, mesh, "batch", "length", "width")
             x_BxTxE += _dropout(self.dropout, self.down(_dropout(self.activation_dropout, h_BxTxF, keys[2])), keys[3])
-        return x_BxTxE, (key_BxSxKxD, value_BxSxKxD)
+        return constrain(x_BxTxE, mesh, "batch", "length", None), (key_BxSxKxD, value_BxSxKxD)
 
 
 class Decoder(nnx.Module):
@@ -152,7 +180,9 @@ class Decoder(nnx.Module):
             self.hidden(tokens_BxT, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key)
         )
 
-    def hidden(self, tokens_BxT, *, positions=None, segment_ids=None, dropout_key=None) -> jax.Array:
+    def hidden(
+        self, tokens_BxT, *, positions=None, segment_ids=None, dropout_key=None, mesh: Mesh | None = None
+    ) -> jax.Array:
         """The last layer's output [B, T, E], normed where the config says so.
 
         Args:
@@ -160,10 +190,14 @@ class Decoder(nnx.Module):
           positions: [T] or [B, T] int32, tokens; 0, 1, 2, .. where left out.
           segment_ids: [B, T] int32 for packed documents: attention stays inside a segment.
           dropout_key: a key for the dropout rates of the config; None turns dropout off.
+          mesh: says how activations are divided over its devices, with tokens and positions in the order of
+            `sharding.token_order`; None: the compiler sees to it.
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        return self._run(tokens_BxT, positions, positions, segment_ids=segment_ids, dropout_key=dropout_key)[0]
+        return self._run(tokens_BxT, positions, positions, segment_ids=segment_ids, dropout_key=dropout_key, mesh=mesh)[
+            0
+        ]
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `extend` with room for `length` tokens."""
@@ -194,7 +228,9 @@ class Decoder(nnx.Module):
         method_params = self.blocks[0].position if self.method.per_layer else self.position
         return {name: param[...] for name, param in method_params.items()}
 
-    def _run(self, tokens_BxT, query_positions, key_positions, *, segment_ids=None, layers=None, dropout_key=None):
+    def _run(
+        self, tokens_BxT, query_positions, key_positions, *, segment_ids=None, layers=None, dropout_key=None, mesh=None
+    ):
         embed = self.method.terms(self._position_params()).embed
         keys = [None] * (1 + len(self.blocks))
         if dropout_key is not None:
@@ -207,6 +243,7 @@ class Decoder(nnx.Module):
                 positions = query_positions + np.arange(tokens_BxT.shape[1]) if first else query_positions
                 x_BxTxE += embed(positions).astype(self.dtype)
             x_BxTxE = _dropout(self.dropout, x_BxTxE, keys[0]).astype(self.dtype)
+            x_BxTxE = constrain(x_BxTxE, mesh, "batch", "length", None)
 
         def run_block(block, x_BxTxE, shared_position, segment_ids, cache, key):
             return block(
@@ -217,10 +254,11 @@ class Decoder(nnx.Module):
                 segment_ids=segment_ids,
                 cache=cache,
                 dropout_key=key,
+                mesh=mesh,
             )
 
-        if self.remat == "block":
-            run_block = jax.checkpoint(run_block)
+        if self.remat != "none":
+            run_block = jax.checkpoint(run_block, policy=REMATS[self.remat])
         new_layers = []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):

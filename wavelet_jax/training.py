@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import Decoder
-from wavelet_jax.sharding import path_of, tree_shardings
+from wavelet_jax.sharding import constrain, into_order, out_of_order, path_of, token_order, tree_shardings
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -73,26 +73,31 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
-def token_losses(model: Decoder, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, chunk: int) -> jax.Array:
+def token_losses(
+    model: Decoder, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, chunk: int, mesh: Mesh | None = None
+) -> jax.Array:
     """Cross entropy of every target in nats, [B, T] float32. Logits are held for `chunk` tokens at a time (0: all)."""
 
     def losses(hidden_and_targets) -> jax.Array:
         hidden, targets = hidden_and_targets
         return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
 
-    batch, length = targets_BxT.shape
-    steps = max(1, chunk // batch) if chunk else length
-    if steps >= length:
+    # Chunks are cut along time, each out of the tokens of every device (P of them along the length): all work on all.
+    (batch, length), parts = targets_BxT.shape, 1 if mesh is None else mesh.shape["context"]
+    steps = max(1, chunk // (batch * parts)) if chunk else length
+    if steps >= length // parts:
         return losses((hidden_BxTxE, targets_BxT))
-    # Chunks along time leave the batch dimension as it is split over devices.
-    padding = -length % steps
+    padding = -(length // parts) % steps
 
-    def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, steps, *x.shape[2:]), 1, 0)
+    def chunks(x: jax.Array) -> jax.Array:  # [chunks, B, P, steps, ..]
+        x = x.reshape(batch, parts, length // parts, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 3))
+        x = jnp.moveaxis(x.reshape(batch, parts, -1, steps, *x.shape[3:]), 2, 0)
+        return constrain(x, mesh, None, "batch", "length", *[None] * (x.ndim - 3))
 
     by_chunk = jax.lax.map(jax.checkpoint(losses), (chunks(hidden_BxTxE), chunks(targets_BxT)))
-    return jnp.moveaxis(by_chunk, 0, 1).reshape(batch, -1)[:, :length]
+    losses_BxPxT = jnp.moveaxis(by_chunk, 0, 2).reshape(batch, parts, -1)
+    return losses_BxPxT[:, :, : length // parts].reshape(batch, length)
 
 
 def shapes(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
@@ -130,15 +135,22 @@ def _make_state(config: ConfigDict, vocab_size: int) -> State:
     return State(jnp.int32(0), params, make_optimizer(config).init(params))
 
 
-def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[State, jax.Array], tuple[State, dict]]:
-    """One update: (state, tokens [A, B/A, L+1] int32) -> (state, metrics), A = train.accumulation."""
+def make_train_step(
+    config: ConfigDict, graphdef: nnx.GraphDef, mesh: Mesh | None = None
+) -> Callable[[State, jax.Array], tuple[State, dict]]:
+    """One update: (state, tokens [A, B/A, L+1] int32) -> (state, metrics), A = train.accumulation.
+
+    The mesh says how activations are divided; without one, and with several devices, the compiler sees to it.
+    """
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     accumulation = config.train.accumulation
 
     def loss_of(params, tokens, key) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        hidden = model.hidden(tokens[:, :-1], dropout_key=key)
-        return token_losses(model, hidden, tokens[:, 1:], config.train.logits_chunk).mean()
+        inputs, targets = into_order(tokens[:, :-1], mesh), into_order(tokens[:, 1:], mesh)
+        positions = token_order(inputs.shape[1], mesh)
+        hidden = model.hidden(inputs, positions=positions, dropout_key=key, mesh=mesh)
+        return token_losses(model, hidden, targets, config.train.logits_chunk, mesh).mean()
 
     def train_step(state: State, tokens_AxBxL1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -168,12 +180,16 @@ def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[Sta
     return train_step
 
 
-def make_eval_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[dict, jax.Array], jax.Array]:
-    """(params, tokens [B, L+1] int32) -> the loss of every target, [B, L] float32, in nats."""
+def make_eval_step(
+    config: ConfigDict, graphdef: nnx.GraphDef, mesh: Mesh | None = None
+) -> Callable[[dict, jax.Array], jax.Array]:
+    """(params, tokens [B, L+1] int32) -> the loss of every target, [B, L] float32, in nats; see `make_train_step`."""
 
     def eval_step(params: dict, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], config.train.logits_chunk)
+        inputs, targets = into_order(tokens[:, :-1], mesh), into_order(tokens[:, 1:], mesh)
+        hidden = model.hidden(inputs, positions=token_order(inputs.shape[1], mesh), mesh=mesh)
+        return out_of_order(token_losses(model, hidden, targets, config.train.logits_chunk, mesh), mesh)
 
     return eval_step
 

@@ -11,10 +11,11 @@ from absl import logging
 from wavelet_jax import memory
 from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
 from wavelet_jax.attention.call import Call, is_repeated
+from wavelet_jax.attention.tiles import KEPT
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
 
-__all__ = ["BACKENDS", "attention"]
+__all__ = ["BACKENDS", "KEPT", "attention"]
 
 # What a backend would need a call to be, and is not; empty where it carries the call.
 OBSTACLES = {

@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from wavelet_jax.attention import factors, tiled
 from wavelet_jax.attention.call import Call, consecutive_only
-from wavelet_jax.attention.tiles import Plan, Tiles, skew
+from wavelet_jax.attention.tiles import KEPT, Plan, Tiles, skew
 from wavelet_jax.positions.terms import Terms
 
 # A hidden score. Finite, so that a difference of two of them is not NaN, and with room below for what is added to it.
@@ -287,7 +288,7 @@ def _attend_forward(kernel: Kernel, prepared: Prepared, *inputs):
     with jax.named_scope("prepare"):
         arrays = arrays_of(prepared, *inputs)
     with jax.named_scope("flash"):
-        out, logsumexp = kernel.forward(prepared.layout, prepared.basis, arrays)
+        out, logsumexp = checkpoint_name(kernel.forward(prepared.layout, prepared.basis, arrays), KEPT)
     return out, (inputs, out, logsumexp)
 
 

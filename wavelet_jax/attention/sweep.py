@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from wavelet_jax.attention.tiles import (
+    KEPT,
     Inputs,
     Keys,
     Plan,
@@ -134,7 +136,7 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
 
 
 def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    out, logsumexp = _forward(plan, inputs, offset, segments)
+    out, logsumexp = checkpoint_name(_forward(plan, inputs, offset, segments), KEPT)
     return out, (inputs, offset, segments, out, logsumexp)
 
 

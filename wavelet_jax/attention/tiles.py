@@ -19,6 +19,10 @@ from jax import lax
 
 from wavelet_jax.attention import factors
 
+# The name, for the policies of `jax.checkpoint`, of what a forward pass makes that the backward pass cannot do without:
+# the output and the logarithm of its sums. Where these are saved, no score is computed a third time.
+KEPT = "attention"
+
 # Products are accumulated in float32, whatever the dtype of their operands.
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
