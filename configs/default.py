@@ -43,8 +43,8 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     model.attention_dropout = 0.0  # on attention probabilities
     model.activation_dropout = 0.0  # inside the feed-forward
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters are float32
-    # What blocks keep for the backward pass, which computes the rest again, for memory: none: all is kept | dots: products
-    # with parameters, and attention | attention: its output, so that no score is computed a third time | block: nothing.
+    # What blocks keep for the backward pass, which makes the rest again, for memory: all; what matrix products and
+    # attention gave; what attention gave alone (then no score is made a third time); or nothing.
     model.remat = "none"  # none | dots | attention | block, from most memory to least
     model.attention_backend = "auto"  # auto, or one of wavelet_jax.attention.BACKENDS
 
