@@ -8,6 +8,7 @@ A run that was stopped goes on when the same command is given again, to the same
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from wavelet_jax import checkpoint, cli, evaluation, runs, sharding, training
-from wavelet_jax.data import Windows, load_corpus
+from wavelet_jax.data import Windows, check_packing, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -35,8 +36,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     _check_batch(config, mesh)
     runs.check_config(workdir, config)
     corpus = load_corpus(config)
-    windows = Windows(corpus.train, config.train.length, config.train.seed)
-    validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
+    windows = train_windows(config, corpus)
+    validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run, never packed
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
     train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
     eval_step = jax.jit(training.make_eval_step(config, graphdef))
@@ -57,8 +58,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
             file=sys.stderr,
         )
 
-        size, parts = config.train.batch_size, config.train.accumulation
+        size = config.train.batch_size
         batch_sharding = sharding.batch_sharding(mesh, leading=1)
+        numbered = functools.partial(_batch, config, windows, position)
+        batches = read_ahead(numbered, config.train.steps - first, config.data.prefetch)
+        stack.enter_context(contextlib.closing(batches))
         last_logged, last_time = first, time.perf_counter()
         progress = tqdm(
             range(first + 1, config.train.steps + 1),
@@ -68,8 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             mininterval=runs.PROGRESS_INTERVAL,
         )
         for step in progress:
-            tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
-            state, metrics = train_step(state, jax.device_put(tokens, batch_sharding))
+            state, metrics = train_step(state, jax.device_put(next(batches), batch_sharding))
             position += size
 
             last = step == config.train.steps
@@ -119,12 +122,19 @@ def compare(config: ConfigDict, workdir: Path) -> None:
 def main() -> None:
     config = CONFIG.value
     _check_counts(config)
+    check_packing(config)  # tokenising may take long
     filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
     if config.compare.methods:
         compare(config, workdir)
     else:
         train(config, workdir)
+
+
+def _batch(config: ConfigDict, windows: Windows, start: int, number: int) -> np.ndarray:
+    """Batch `number` of those that begin with window `start`, in the shape of `training.batch_shape`."""
+    size = config.train.batch_size
+    return windows.batch(start + number * size, size).reshape(training.batch_shape(config))
 
 
 def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
@@ -144,6 +154,8 @@ def _check_counts(config: ConfigDict) -> None:
             "train.batch_size": (config.train.batch_size, 1),
             "train.accumulation": (config.train.accumulation, 1),
             "train.logits_chunk": (config.train.logits_chunk, 0),
+            "data.threads": (config.data.threads, 1),
+            "data.prefetch": (config.data.prefetch, 0),
             "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
             "log.every": (config.log.every, 1),
             "checkpoint.every": (config.checkpoint.every, 1),
