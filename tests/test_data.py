@@ -541,7 +541,9 @@ def test_ends_of_documents_are_kept(load, lines, write):
             assert isinstance(loaded.train_ends, np.memmap)
             assert loaded.train_ends.dtype == np.int64
     whole = load(train_files=write("t.txt", "a\nb"), validation_files=write("v.txt", "v"), tokenizer="word")
-    cut = load(train_files=write("t.txt", "a\nb"), validation_files=write("v.txt", "v"), tokenizer="word", document="line")
+    cut = load(
+        train_files=write("t.txt", "a\nb"), validation_files=write("v.txt", "v"), tokenizer="word", document="line"
+    )
     assert whole.train.tolist() == cut.train.tolist()
     assert whole.fingerprint != cut.fingerprint  # packed, they would be other windows
 

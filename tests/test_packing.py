@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT
+from conftest import ROOT, quick_jit
 from flax import nnx
 
 from wavelet_jax import runs, sharding, training
 from wavelet_jax.data import Windows, read_ahead, train_windows
 from wavelet_jax.data.corpus import Corpus
 from wavelet_jax.errors import UserError
+from wavelet_jax.model import Decoder
 
 VOCAB = 257
 
@@ -82,6 +83,13 @@ def test_unknown_packing(small_config):
 # Losses
 
 
+def one_layer(small_config, method: str = "wavelet"):
+    """A packed run's config that compiles fast."""
+    config = small_config(method)
+    config.data.packing, config.model.num_layers = "documents", 1
+    return config
+
+
 def packed_batch(config, lengths, size: int) -> np.ndarray:
     tokens, ends = documents(np.random.default_rng(1), lengths)
     windows = Windows(tokens, config.train.length, 0, ends)
@@ -89,56 +97,54 @@ def packed_batch(config, lengths, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("method", "backend"),
-    [("wavelet", "reference"), ("wavelet", "tiled"), ("rope", "reference"), ("alibi", "tiled"), ("t5", "reference")],
+    ("method", "backend"), [("wavelet", "reference"), ("wavelet", "tiled"), ("rope", "reference"), ("t5", "tiled")]
 )
 def test_loss_is_that_of_each_document_alone(small_config, method, backend):
     """Positions run on through the window, which a relative method cannot tell from starting anew."""
-    config = small_config(method)
-    config.data.packing, config.model.attention_backend = "documents", backend
+    config = one_layer(small_config, method)
+    config.model.attention_backend = backend
     graphdef, state, _ = training.init(config, VOCAB, sharding.make_mesh(config))
-    windows = packed_batch(config, [20, 31, 90, 2, 17, 5, 64, 64, 40, 33, 28], 4)
-    alone = [piece for window in windows for piece in pieces(window)]
-    assert len(alone) > 8
+    eval_step = quick_jit(training.make_eval_step(config, graphdef))
+    length = config.train.length
 
-    config.data.packing = "none"
-    eval_step = jax.jit(training.make_eval_step(config, graphdef))
-    losses = []
-    for piece in alone:
+    def losses_of(tokens: np.ndarray) -> np.ndarray:
         # Padding comes after what is scored, where a causal model cannot see it; one shape compiles once.
-        padded = np.pad(piece, (0, config.train.length + 1 - len(piece)))
-        losses += np.asarray(eval_step(state.params, padded[None]))[0, : len(piece) - 1].tolist()
-    expected = np.mean(losses, dtype=np.float64)
-    _, plain = jax.jit(training.make_train_step(config, graphdef))(state, windows[None, :, 0])
+        padded = np.pad(tokens, (0, length + 1 - len(tokens)))
+        return np.asarray(eval_step(state.params, padded[None]), np.float64)[0, : len(tokens) - 1]
 
-    config.data.packing = "documents"
-    _, metrics = jax.jit(training.make_train_step(config, graphdef))(state, windows[None])
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=2e-6)  # 240 float32 numbers of about 6
-    assert abs(float(plain["loss"]) - expected) > 1e-3  # without segments it is another number
+    windows = packed_batch(config, [20, 31, 90, 2, 17, 5, 64, 64, 40, 33, 28], 4)
+    alone = [losses_of(piece) for window in windows for piece in pieces(window)]
+    assert len(alone) > 8
+    expected = np.concatenate(alone).mean()
+    counted = windows[:, 1, 1:] == windows[:, 1, :-1]
+    across = np.stack([losses_of(window[0]) for window in windows])[counted].mean()
+
+    _, metrics = quick_jit(training.make_train_step(config, graphdef))(state, windows[None])
+    assert float(metrics["loss"]) == pytest.approx(expected, abs=5e-6)  # a mean of float32 numbers of about 6
+    assert abs(across - expected) > 1e-4  # so that it is another number where segments are lost on the way
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
 def test_gradient_stays_inside_a_document(small_config, packing):
     """Of the losses of later documents by the first one's embedded tokens: zero where they are packed."""
-    config = small_config()
-    config.data.packing = packing
-    windows = packed_batch(config, [20, 31, 14, 200], 1)
-    tokens, segment_ids, counted = training._unpack(config, windows)
+    config = one_layer(small_config)
+    config.data.packing, config.model.tied_head = packing, False
+    windows = packed_batch(config, [20, 31, 14, 200], 4)
+    windows = windows[[windows[:, 1, -1].argmax()]]  # the one with three borders
     first = windows[0, 1, :-1] == 0
-    graphdef, params = nnx.split(training.Decoder(config, VOCAB, rngs=nnx.Rngs(0)))
+    assert first.sum() == 20
+    tokens, segment_ids, counted = training._unpack(config, windows if packing == "documents" else windows[:, 0])
+    inputs = np.where(
+        first, VOCAB + np.arange(len(first)), tokens[:, :-1]
+    )  # those of the first: embedded by themselves
+    graphdef, params = nnx.split(Decoder(config, VOCAB + len(first), rngs=nnx.Rngs(0)))
 
-    def later_losses(table):
+    def later_losses(params):
         model = nnx.merge(graphdef, params)
-        model.embedding.embedding[...] = table
-        # Tokens of the first document get rows of their own, which the head does not read.
-        own = np.where(first, 257 + np.arange(len(first)), tokens[0, :-1])
-        hidden = model.hidden(own[None], segment_ids=segment_ids)
-        model.embedding.embedding[...] = jax.lax.stop_gradient(table[:257])
-        losses = training.token_losses(model, hidden, tokens[:, 1:], 0)
+        losses = training.token_losses(model, model.hidden(inputs, segment_ids=segment_ids), tokens[:, 1:], 0)
         return losses.sum(where=~first if counted is None else counted & ~first)
 
-    rows = np.random.default_rng(0).normal(size=(257 + len(first), config.model.d_model)).astype(np.float32)
-    gradient = jax.grad(later_losses)(rows)[257:][first]
+    gradient = quick_jit(jax.grad(later_losses))(params)["embedding"]["embedding"][VOCAB:][first]
     assert bool((gradient == 0).all()) == (packing == "documents")
 
 
@@ -146,12 +152,12 @@ def test_accumulation_over_parts_of_unequal_counts(small_config):
     """The mean is over the targets of the update, not over those of its parts."""
     states, losses = {}, {}
     for parts in (1, 4):
-        config = small_config()
-        config.data.packing, config.train.accumulation = "documents", parts
+        config = one_layer(small_config)
+        config.train.accumulation = parts
         graphdef, state, _ = training.init(config, VOCAB, sharding.make_mesh(config))
         lengths = [2] * 80 + [300] * 2  # windows of many short documents, and of parts of long ones
         windows = packed_batch(config, lengths, 8).reshape(training.batch_shape(config))
-        states[parts], metrics = jax.jit(training.make_train_step(config, graphdef))(state, windows)
+        states[parts], metrics = quick_jit(training.make_train_step(config, graphdef))(state, windows)
         losses[parts] = float(metrics["loss"])
         counted = np.asarray(training._unpack(config, windows)[2]).sum(axis=(1, 2))
     assert counted.max() > 1.2 * counted.min()
@@ -165,12 +171,11 @@ def test_accumulation_over_parts_of_unequal_counts(small_config):
 
 
 def test_windows_without_a_counted_target_change_nothing(small_config):
-    config = small_config()
-    config.data.packing = "documents"
+    config = one_layer(small_config)
     config.optimizer.weight_decay = 0.0
     graphdef, state, _ = training.init(config, VOCAB, sharding.make_mesh(config))
     windows = packed_batch(config, [1] * 1000, 8)
-    after, metrics = jax.jit(training.make_train_step(config, graphdef))(state, windows[None])
+    after, metrics = quick_jit(training.make_train_step(config, graphdef))(state, windows[None])
     assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
@@ -180,7 +185,7 @@ def test_packed_run_goes_on_to_the_same_losses(text_files, tmp_path):
 
     def losses(workdir: str, *steps_and_flags) -> list[tuple]:
         for steps, *flags in steps_and_flags:
-            command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/smoke.py:wavelet"]
+            command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/smoke.py:rope"]
             command += ["--config.data.source=text", f"--config.data.train_files={text_files}/*.txt"]
             command += ["--config.data.document=line", "--config.data.packing=documents"]
             command += [f"--config.data.cache_dir={tmp_path}/cache", f"--workdir={tmp_path}/{workdir}"]
@@ -188,11 +193,11 @@ def test_packed_run_goes_on_to_the_same_losses(text_files, tmp_path):
             subprocess.run([*command, f"--config.train.steps={steps}", *flags], check=True, capture_output=True)
         return [(line["step"], line["loss"], line["grad_norm"]) for line in runs.read_metrics(tmp_path / workdir)]
 
-    whole = losses("whole", (14,))
+    whole = losses("whole", (9,))
     joined = losses(
-        "joined", (6, "--config.data.prefetch=0"), (14, "--config.data.prefetch=5", "--config.data.threads=1")
+        "joined", (4, "--config.data.prefetch=0"), (9, "--config.data.prefetch=5", "--config.data.threads=1")
     )
-    assert [step for step, *_ in whole] == list(range(1, 15))
+    assert [step for step, *_ in whole] == list(range(1, 10))
     assert joined == whole
     assert whole[-1][1] < whole[0][1]
 
@@ -234,8 +239,9 @@ def test_read_ahead_raises_in_its_place():
 
     items = read_ahead(item, 10, 4)
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match=r"^five$"):
+    with pytest.raises(UserError) as raised:
         next(items)
+    assert str(raised.value) == "five"  # the one line that a command prints
     items.close()
 
 
@@ -273,7 +279,8 @@ def test_read_ahead_ends_with_the_program():
 
 def test_read_ahead_can_be_interrupted():
     program = """
-        with contextlib.closing(read_ahead(lambda number: time.sleep(1.0 if number else 0) or number, 10**6, 2)) as items:
+        items = read_ahead(lambda number: time.sleep(1.0 if number else 0) or number, 10**6, 2)
+        with contextlib.closing(items):
             next(items)
             print("reading", flush=True)
             for item in items:

@@ -13,7 +13,7 @@ from wavelet_jax.data import corpus, load_corpus
 from wavelet_jax.errors import UserError
 
 TEXTS = {
-    "train": [f"book {number}: naïve 猫\n" for number in range(30)] + [" \n", b"caf\xe9"],
+    "train": [f"book {number}: naïve 猫\n" for number in range(30)] + [" \n", "", b"caf\xe9"],
     "validation": ["first", "second", "third"],
     "test": ["unseen"],
 }
@@ -174,7 +174,11 @@ def test_command_of_the_error_prepares_the_data_set(load, tmp_path):
         ("tfds:", {}, ["'tfds:' is no name of a TFDS data set", "tfds:wiki40b/en"]),
         ("tfds:a/b/c", {}, ["is no name of a TFDS data set"]),
         ("tfd:pg19", {}, ["unknown config.data.source 'tfd:pg19'", "allowed are python, text, jsonl, tfds:NAME"]),
-        ("tfds:pg19", {}, ["tfds:pg19 is not prepared", "tfds.builder('pg19', data_dir='", "file_format='array_record'"]),
+        (
+            "tfds:pg19",
+            {},
+            ["tfds:pg19 is not prepared", "tfds.builder('pg19', data_dir='", "file_format='array_record'"],
+        ),
         ("tfds:shelf:2.0.0", {}, ["tfds:shelf:2.0.0 is not prepared", "tfds.builder('shelf:2.0.0'"]),
         ("tfds:tongues", {}, ["comes in configurations, and de, en are prepared", "'tfds:tongues/de'"]),
         ("tfds:tongues/fr", {}, ["tfds:tongues/fr is not prepared", "tfds.builder('tongues/fr'"]),
@@ -225,12 +229,13 @@ def test_other_file_formats_are_refused(load, shelf, tmp_path):
         ("shelf-train.array_record-00000-of-00001", "cannot read"),
     ],
 )
-@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "changed"])
 def test_damaged_data_set(load, shelf, tmp_path, name, message, damage):
     shutil.copytree(shelf, tmp_path / "tfds")
     file = tmp_path / "tfds" / "shelf" / "1.9.0" / name
     content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    changed = content[:100] + bytes(byte ^ 1 for byte in content[100:200]) + content[200:]
+    file.write_bytes({"cut": content[: len(content) // 2], "changed": changed}.get(damage, b""))
     if damage == "removed":
         file.unlink()
         if name == "dataset_info.json":

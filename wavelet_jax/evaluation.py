@@ -178,7 +178,9 @@ def evaluate(
         config.eval.update(changes or {})
         for section, key in (("eval", "prefill_chunk"), ("data", "threads")):
             if key not in config[section]:
-                raise UserError(f"{workdir}/config.json is of an earlier version, without {section}.{key}: set it there")
+                raise UserError(
+                    f"{workdir}/config.json is of an earlier version, without {section}.{key}: set it there"
+                )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)

@@ -246,7 +246,9 @@ def _check_splits(config, documents: dict[str, int], files: dict[str, list[str]]
     total = sum(documents.values())
     for split in ("train", "validation"):
         if files[split] and not (documents[split] if files["validation"] else total):
-            raise UserError(f"config.data.{split}_{_kind(config)} holds no text: {len(files[split])} files, all of them blank")
+            raise UserError(
+                f"config.data.{split}_{_kind(config)} holds no text: {len(files[split])} files, all of them blank"
+            )
         if not documents[split]:
             smaller = "a smaller config.data.document" if config.data.source == "text" else "more documents"
             raise UserError(

@@ -121,9 +121,10 @@ def digests(files: Iterable[str]) -> list[str]:
 def documents(config, split: str, files: list[str], label: str) -> Iterator[str]:
     """The documents of a split, whose files these are, in their order, without those that hold no text.
 
-    One is in memory at a time. A Python source and (by default) a text file is one document; `config.data.document` may make it the line or the
-    paragraph (up to a blank line), which then come without their last line end. A JSON line is one document. Bytes
-    that are not UTF-8 become U+FFFD; line ends are "\\n" and a "\\r" is text. `label` goes before the progress bar.
+    A Python source and (by default) a text file is one document; `config.data.document` may make it the line or the
+    paragraph (up to a blank line), which then come without their last line end. A JSON line is one document, and so is
+    an example of TFDS. Bytes that are not UTF-8 become U+FFFD; line ends are "\\n" and a "\\r" is text. `label` goes
+    before the progress bar.
 
     Raises:
       UserError: a file that cannot be read, holds no text but binary data, or has a line that is not as it should be.

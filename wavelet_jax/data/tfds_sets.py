@@ -66,12 +66,17 @@ def documents(config, split: str, label: str) -> Iterator[str]:
       UserError: a file that cannot be read.
     """
     import grain  # takes over a second to import, and only this and windows need it
-    import tensorflow_datasets as tfds
 
     field = config.data.text_field
     wanted = config.data.train_split if split == "train" else config.data.validation_split
-    source = _open(config).as_data_source(wanted, decoders=tfds.decode.PartialDecoding({field: True}))
-    texts = grain.MapDataset.source(source).map(lambda example: example[field].decode("utf-8", "replace"))
+    source = _open(config).as_data_source(wanted)
+
+    def text_of(example: dict) -> str:
+        if example[field] is None:  # what the reader makes of the records of a file that was cut
+            raise ValueError("a record is empty: a file is damaged")
+        return example[field].decode("utf-8", "replace")
+
+    texts = grain.MapDataset.source(source).map(text_of)
     options = grain.ReadOptions(num_threads=min(config.data.threads, _AHEAD), prefetch_buffer_size=_AHEAD)
     with contextlib.closing(iter(texts.to_iter_dataset(options))) as reading:
         bar = tqdm(_named(config, reading), label, len(source), unit=" documents", delay=1, leave=False, disable=None)
@@ -160,7 +165,9 @@ def _check_known(config, name: str) -> None:
     prepared |= {path.parent.parent.name for path in _versions(_root(config), os.path.join("*", "*"))}
     known = prepared.union(tfds.list_builders(with_community_datasets=False))
     if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)  # of a thousand, which would not fit a line
+        near = difflib.get_close_matches(
+            name, sorted(known), n=1, cutoff=0.5
+        )  # of a thousand, which would not fit a line
         hint = f"did you mean {PREFIX + near[0]!r}?" if near else "TFDS has none of that name"
         there = f"prepared in {_root(config)}: {', '.join(sorted(prepared)) or 'none'}"
         raise UserError(f"unknown TFDS data set {name!r}: {hint} ({there})")
@@ -189,7 +196,9 @@ def _parts(info, split: str, key: str) -> list:
     try:
         parts = [part for part in info.splits[split].file_instructions if part.take]
     except Exception as error:  # a split that cannot be parsed, or ends past the last example
-        raise UserError(f"config.data.{key} {split!r} is no split of {info.full_name}: {error}".splitlines()[0]) from error
+        raise UserError(
+            f"config.data.{key} {split!r} is no split of {info.full_name}: {error}".splitlines()[0]
+        ) from error
     if not parts:
         raise UserError(f"config.data.{key} {split!r} holds no example of {info.full_name}")
     return parts

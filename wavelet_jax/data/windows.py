@@ -17,9 +17,9 @@ class Windows:
     Window i of the text is tokens[i * length : i * length + length + 1]: inputs are [:-1], targets [1:], so every
     token but the first is a target once an epoch (and fewer than `length` at the end of the stream, never).
 
-    With the ends of documents, each token also comes with the number of its document, counted from the window's first:
-    `training.make_train_step` makes of them segments in which attention stays. Windows are full and no text is left out or
-    repeated; a document that does not end with its window goes on in another, without what came before.
+    With the ends of documents, each token also comes with the number of its document, counted from the window's first;
+    `training.make_train_step` keeps attention inside of each. Windows are full, and no text is left out or repeated: a
+    document that does not end with its window goes on in another, without what came before.
 
     Attributes: num_windows, windows in an epoch; length, input tokens a window.
     """
