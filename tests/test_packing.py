@@ -180,23 +180,21 @@ def test_windows_without_a_counted_target_change_nothing(small_config):
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
-def test_packed_run_goes_on_to_the_same_losses(text_files, tmp_path):
+@pytest.mark.filterwarnings("ignore:the load_module")  # by which ml_collections reads the command's default config
+def test_packed_run_goes_on_to_the_same_losses(small_config, tmp_path):
     """Bit for bit, with other numbers of threads and of batches made ahead."""
+    import train
 
-    def losses(workdir: str, *steps_and_flags) -> list[tuple]:
-        for steps, *flags in steps_and_flags:
-            command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/smoke.py:rope"]
-            command += ["--config.data.source=text", f"--config.data.train_files={text_files}/*.txt"]
-            command += ["--config.data.document=line", "--config.data.packing=documents"]
-            command += [f"--config.data.cache_dir={tmp_path}/cache", f"--workdir={tmp_path}/{workdir}"]
-            command += ["--config.log.every=1", "--config.eval.every=0", "--config.optimizer.decay_steps=40"]
-            subprocess.run([*command, f"--config.train.steps={steps}", *flags], check=True, capture_output=True)
+    config = one_layer(small_config, "rope")
+    config.data.document = "line"
+    config.log.every, config.eval.every, config.optimizer.decay_steps = 1, 0, 20
+
+    def losses(workdir: str, *lives: tuple[int, int, int]) -> list[tuple]:
+        for config.train.steps, config.data.prefetch, config.data.threads in lives:
+            train.train(config, tmp_path / workdir)
         return [(line["step"], line["loss"], line["grad_norm"]) for line in runs.read_metrics(tmp_path / workdir)]
 
-    whole = losses("whole", (9,))
-    joined = losses(
-        "joined", (4, "--config.data.prefetch=0"), (9, "--config.data.prefetch=5", "--config.data.threads=1")
-    )
+    whole, joined = losses("whole", (9, 2, 8)), losses("joined", (4, 0, 1), (9, 5, 3))
     assert [step for step, *_ in whole] == list(range(1, 10))
     assert joined == whole
     assert whole[-1][1] < whole[0][1]
