@@ -93,7 +93,8 @@ def _named(config, reading: Iterator[str]) -> Iterator[str]:
         except StopIteration:
             return
         except (OSError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"cannot read {config.data.source} in {_folder(config)}: {error}") from error
+            said = " ".join(str(error).split())  # one line
+            raise UserError(f"cannot read {config.data.source} in {_folder(config)}: {said}") from error
         yield text
 
 
