@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from wavelet_jax import checkpoint, cli, evaluation, processes, runs, sharding, training
-from wavelet_jax.data import Windows, load_corpus
+from wavelet_jax.data import Windows, check_packing, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -35,8 +35,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     _check_batch(config, mesh)
     runs.check_config(workdir, config)
     corpus = load_corpus(config)
-    windows = Windows(corpus.train, config.train.length, config.train.seed)
-    validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
+    windows = train_windows(config, corpus)
+    validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run, never packed
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
     train_step = jax.jit(training.make_train_step(config, graphdef, mesh), donate_argnums=0)
     # Every process sees all losses of a validation batch.
@@ -59,14 +59,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 file=sys.stderr,
             )
 
-        size, parts = config.train.batch_size, config.train.accumulation
+        size, start = config.train.batch_size, position
 
-        def batch_at(position: int) -> jax.Array:
+        def batch(number: int) -> jax.Array:
+            """Of the update that comes after `number` others."""
+
             def read(first: int, count: int) -> np.ndarray:
-                return windows.batch(position + first, count)
+                return windows.batch(start + number * size + first, count)
 
-            return sharding.load_batch(read, (parts, size // parts, config.train.length + 1), mesh, leading=1)
+            return sharding.load_batch(read, training.batch_shape(config), mesh, leading=1)
 
+        batches = read_ahead(batch, config.train.steps - first, config.data.prefetch)
+        stack.enter_context(contextlib.closing(batches))
         last_logged, last_time = first, time.perf_counter()
         progress = tqdm(
             range(first + 1, config.train.steps + 1),
@@ -77,7 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             mininterval=runs.PROGRESS_INTERVAL,
         )
         for step in progress:
-            state, metrics = train_step(state, batch_at(position))
+            state, metrics = train_step(state, next(batches))
             position += size
 
             last = step == config.train.steps
@@ -128,6 +132,7 @@ def compare(config: ConfigDict, workdir: Path) -> None:
 def main() -> None:
     config = CONFIG.value
     _check_counts(config)
+    check_packing(config)  # tokenising may take long
     filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
     if config.compare.methods:
@@ -157,6 +162,8 @@ def _check_counts(config: ConfigDict) -> None:
             "train.batch_size": (config.train.batch_size, 1),
             "train.accumulation": (config.train.accumulation, 1),
             "train.logits_chunk": (config.train.logits_chunk, 0),
+            "data.threads": (config.data.threads, 1),
+            "data.prefetch": (config.data.prefetch, 0),
             "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
             "log.every": (config.log.every, 1),
             "checkpoint.every": (config.checkpoint.every, 1),

@@ -14,15 +14,21 @@ def get_config(method: str = "wavelet") -> ConfigDict:
 
     # --- Text -> tokens ------------------------------------------------------------------------------------------
     config.data = data = ConfigDict()
-    data.source = "python"  # python: the running interpreter's standard library | text: files | jsonl: JSON lines
+    data.source = "python"  # python: the interpreter's standard library | text: files | jsonl: JSON lines | tfds:NAME
     data.train_files = ""  # text and jsonl: paths and globs, comma-separated; plain, .gz or .xz
     data.validation_files = ""  # the same; empty: documents are taken out of train_files
-    data.text_field = "text"  # jsonl: the field that holds the text
+    data.text_field = "text"  # jsonl, tfds: the field that holds the text; "book_text" in tfds:pg19
     data.document = "file"  # text: what is one document: file | line | paragraph (between blank lines)
-    data.validation_fraction = 0.05  # of the documents, by a hash of their content; without validation_files
+    data.tfds_dir = "~/tensorflow_datasets"  # tfds: where data sets have been prepared, as array_record files
+    data.train_split = "train"  # tfds: a split, or parts of some: "train[:90%]"
+    data.validation_split = "validation"  # tfds: the same; empty: documents are taken out of train_split
+    data.validation_fraction = 0.05  # of the documents, by a hash of their content; without a validation text
     data.tokenizer = "byte"  # byte | word (WikiText's convention) | bpe (trained on the train documents)
     data.vocab_size = 0  # word: the most frequent kept, 0 for all; bpe: the size to train
     data.cache_dir = "~/.cache/wavelet_jax"  # tokenised corpora, shared by runs
+    data.packing = "none"  # none: attention crosses the ends of documents | documents: it stays inside of each
+    data.threads = 8  # that read TFDS records and tokenise
+    data.prefetch = 2  # batches made ahead of the update that takes them; 0: none
 
     # --- The decoder: dimensions E, H, K, D, F of model.py --------------------------------------------------------
     config.model = model = ConfigDict()

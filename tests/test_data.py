@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,13 @@ def make_config(cache: Path, **keys) -> ConfigDict:
         "validation_files": "",
         "text_field": "text",
         "document": "file",
+        "tfds_dir": "no_data_sets",
+        "train_split": "train",
+        "validation_split": "validation",
         "validation_fraction": 0.3,
         "tokenizer": "byte",
         "vocab_size": 0,
+        "threads": 4,
     }
     assert keys.keys() <= data.keys()
     return ConfigDict({"data": data | {name: str(key) if isinstance(key, Path) else key for name, key in keys.items()}})
@@ -46,7 +51,7 @@ def make_config(cache: Path, **keys) -> ConfigDict:
 @pytest.fixture
 def load(tmp_path):
     """`load(key=value, ..)`: a corpus by those keys of config.data, with the cache in tmp_path/cache."""
-    return lambda **keys: load_corpus(make_config(tmp_path / "cache", **keys))
+    return lambda cache_dir=tmp_path / "cache", **keys: load_corpus(make_config(cache_dir, **keys))
 
 
 @pytest.fixture
@@ -389,6 +394,11 @@ def damage_missing(folder):
     (folder / "validation.bin").unlink()
 
 
+def damage_ends(folder):
+    with open(folder / "train.ends", "r+b") as file:
+        file.write(b"?")
+
+
 def damage_all(folder):
     for path in folder.iterdir():
         path.unlink()
@@ -400,7 +410,17 @@ def damage_file(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_cut, damage_byte, damage_meta, damage_meta_keys, damage_missing, damage_all, damage_file]
+    "damage",
+    [
+        damage_cut,
+        damage_byte,
+        damage_meta,
+        damage_meta_keys,
+        damage_missing,
+        damage_ends,
+        damage_all,
+        damage_file,
+    ],
 )
 def test_damaged_cache_is_rebuilt(load, lines, builds, warnings, tmp_path, damage):
     keys = {"train_files": lines, "document": "line"}
@@ -508,6 +528,41 @@ def test_several_builders_at_once(load, lines, builds, monkeypatch, locks):
     assert 1 <= len(builds) <= (1 if locks else 8)
 
 
+def test_ends_of_documents_are_kept(load, lines, write):
+    """By bytes, and by words, whose stream does not show them; from the cache too."""
+    texts = [line for number, line in enumerate(LINES) if number not in HELD_OUT]
+    for tokenizer, tokens_in in (("byte", lambda text: len(text) + 1), ("word", lambda text: len(text.split()) + 1)):
+        for _ in range(2):
+            loaded = load(train_files=lines, document="line", tokenizer=tokenizer)
+            assert loaded.train_ends.tolist() == np.cumsum([tokens_in(text) for text in texts]).tolist()
+            assert loaded.train_ends[-1] == len(loaded.train)
+            assert loaded.validation_ends[-1] == len(loaded.validation)
+            assert len(loaded.validation_ends) == len(HELD_OUT)
+            assert isinstance(loaded.train_ends, np.memmap)
+            assert loaded.train_ends.dtype == np.int64
+    whole = load(train_files=write("t.txt", "a\nb"), validation_files=write("v.txt", "v"), tokenizer="word")
+    cut = load(
+        train_files=write("t.txt", "a\nb"), validation_files=write("v.txt", "v"), tokenizer="word", document="line"
+    )
+    assert whole.train.tolist() == cut.train.tolist()
+    assert whole.fingerprint != cut.fingerprint  # packed, they would be other windows
+
+
+def test_threads_and_chunks_change_no_token(load, lines, monkeypatch, tmp_path):
+    """However documents are shared out, they come in their order."""
+    monkeypatch.setattr(corpus, "_CHUNK", 40)  # two documents
+    encode = tokenizers.Byte.encode
+
+    def slower_at_first(self, text):
+        time.sleep(0.001 * (12 - int(re.search(r"\d+", text)[0])))
+        return encode(self, text)
+
+    monkeypatch.setattr(tokenizers.Byte, "encode", slower_at_first)
+    for threads in (1, 8):
+        loaded = load(train_files=lines, document="line", threads=threads, cache_dir=tmp_path / str(threads))
+        assert loaded.train.tolist() == byte_ids(*(line for n, line in enumerate(LINES) if n not in HELD_OUT))
+
+
 def test_nothing_is_printed_away_from_a_terminal(load, lines, capfd):
     load(train_files=lines, document="line", tokenizer="bpe", vocab_size=280)
     assert capfd.readouterr() == ("", "")
@@ -557,6 +612,27 @@ def test_order_is_a_pure_function_of_seed_and_number():
         assert [number for part in reversed(parts) for number in part] == whole[: 40 - 40 % size]
     shares = [numbers(windows, 16 + 4 * process, 4) for process in range(2)]
     assert shares[0] + shares[1] == whole[16:24]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("size", [8, 40, 200])
+@pytest.mark.parametrize("packed", [False, True])
+def test_processes_together_read_what_one_reads(processes, size, packed):
+    """The first 1,000 windows, over several epochs: each process takes its share of every batch, in any split."""
+    tokens = np.arange(3103)  # 310 windows
+    ends = np.array([3, 50, 51, 1703, 3103]) if packed else None
+    one = Windows(tokens, 10, 3, ends)
+    expected = np.concatenate([one.batch(number, 1) for number in range(1000)])
+    share = size // processes
+    each = [Windows(tokens, 10, 3, ends) for _ in range(processes)]
+    read = [each[p].batch(start + p * share, share) for start in range(0, 1000, size) for p in range(processes)]
+    np.testing.assert_array_equal(np.concatenate(read), expected)
+
+
+def test_two_epochs_read_every_window_twice():
+    tokens = np.arange(5 * 997 + 1)
+    read = Windows(tokens, 5, seed=9).batch(0, 2 * 997)[:, 0] // 5
+    assert (np.bincount(read) == np.full(997, 2)).all()
 
 
 def test_order_is_as_it_always_was():

@@ -136,7 +136,7 @@ def _corpus():
     from wavelet_jax.data import Corpus
 
     stream = np.arange(5000, dtype=np.uint16) % VOCAB
-    return Corpus(stream, stream, _Tokenizer(), "byte", "a" * 12)
+    return Corpus(stream, stream, _Tokenizer(), "byte", "a" * 12, *2 * [np.array([len(stream)])])
 
 
 def test_more_memory_than_there_is_is_refused_before_anything_is_read(monkeypatch, small_config, tmp_path):

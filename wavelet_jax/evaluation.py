@@ -178,8 +178,11 @@ def evaluate(
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
         config.eval.update(changes or {})
-        if "prefill_chunk" not in config.eval:
-            raise UserError(f"{workdir}/config.json is of an earlier version, without eval.prefill_chunk: set it there")
+        for section, key in (("eval", "prefill_chunk"), ("data", "threads")):
+            if key not in config[section]:
+                raise UserError(
+                    f"{workdir}/config.json is of an earlier version, without {section}.{key}: set it there"
+                )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)

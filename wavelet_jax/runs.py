@@ -16,7 +16,8 @@ PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
 # What may differ when a run goes on: none of these changes what is trained (another mesh adds up in another order; the
 # text itself is known by its fingerprint, wherever its files lie).
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
-FREE_KEYS += ("data.cache_dir", "data.train_files", "data.validation_files")
+FREE_KEYS += ("data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
+FREE_KEYS += ("data.train_files", "data.validation_files")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

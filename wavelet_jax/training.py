@@ -135,38 +135,67 @@ def _make_state(config: ConfigDict, vocab_size: int) -> State:
     return State(jnp.int32(0), params, make_optimizer(config).init(params))
 
 
+def batch_shape(config: ConfigDict) -> tuple[int, ...]:
+    """[A, B/A, L+1], the shape of the tokens of an update, A = train.accumulation; packed: [A, B/A, 2, L+1]."""
+    parts = config.train.accumulation
+    window = (2,) if config.data.packing == "documents" else ()
+    return (parts, config.train.batch_size // parts, *window, config.train.length + 1)
+
+
+def _unpack(config: ConfigDict, windows: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """What an update reads of the windows that `data.Windows` makes, with any leading dimensions.
+
+    Returns:
+      tokens: [.., L+1]: inputs are [:-1], targets [1:].
+      segment_ids: the documents of the inputs, [.., L], and None without packing: attention stays inside of each.
+      counted: whether the target is of its input's document, [.., L]: the first token of a document follows from
+        nothing that is seen. None without packing: all.
+    """
+    if config.data.packing == "none":
+        return windows, None, None
+    tokens, documents = windows[..., 0, :], windows[..., 1, :]
+    return tokens, documents[..., :-1], documents[..., 1:] == documents[..., :-1]
+
+
 def make_train_step(
     config: ConfigDict, graphdef: nnx.GraphDef, mesh: Mesh | None = None
 ) -> Callable[[State, jax.Array], tuple[State, dict]]:
-    """One update: (state, tokens [A, B/A, L+1] int32) -> (state, metrics), A = train.accumulation.
+    """One update: (state, windows of `batch_shape`, int32) -> (state, metrics).
 
     The mesh says how activations are divided; without one, and with several devices, the compiler sees to it.
     """
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     accumulation = config.train.accumulation
 
-    def loss_of(params, tokens, key) -> jax.Array:
+    def loss_of(params, windows, key, count) -> jax.Array:
+        """What these windows add to the mean over `count` targets."""
         model = nnx.merge(graphdef, params)
+        tokens, segment_ids, counted = _unpack(config, windows)
         inputs, targets = into_order(tokens[:, :-1], mesh), into_order(tokens[:, 1:], mesh)
+        if segment_ids is not None:
+            segment_ids, counted = into_order(segment_ids, mesh), into_order(counted, mesh)
         positions = token_order(inputs.shape[1], mesh)
-        hidden = model.hidden(inputs, positions=positions, dropout_key=key, mesh=mesh)
-        return token_losses(model, hidden, targets, config.train.logits_chunk, mesh).mean()
+        hidden = model.hidden(inputs, positions=positions, segment_ids=segment_ids, dropout_key=key, mesh=mesh)
+        losses = token_losses(model, hidden, targets, config.train.logits_chunk, mesh)
+        return jnp.sum(losses, where=counted) / count
 
-    def train_step(state: State, tokens_AxBxL1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(state: State, windows: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        # Of all parts together: parts, and devices, may differ in how many of their targets count.
+        counted = _unpack(config, windows)[2]
+        count = windows[..., 1:].size if counted is None else jnp.maximum(counted.sum(), 1)
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
         keys = jax.random.split(key, accumulation)
         loss_and_grads = jax.value_and_grad(loss_of)
         if accumulation == 1:
-            loss, grads = loss_and_grads(state.params, tokens_AxBxL1[0], keys[0])
+            loss, grads = loss_and_grads(state.params, windows[0], keys[0], count)
         else:
 
-            def add(total, tokens_and_key):
-                return jax.tree.map(jnp.add, total, loss_and_grads(state.params, *tokens_and_key)), None
+            def add(total, part_and_key):
+                return jax.tree.map(jnp.add, total, loss_and_grads(state.params, *part_and_key, count)), None
 
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-            total, _ = jax.lax.scan(add, zeros, (tokens_AxBxL1, keys))
-            loss, grads = jax.tree.map(lambda x: x / accumulation, total)
+            (loss, grads), _ = jax.lax.scan(add, zeros, (windows, keys))
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

@@ -1,6 +1,6 @@
-"""Text to token streams to windows: `load_corpus(config)` gives a `Corpus`, `Windows` draws from one of its streams."""
+"""Text to token streams to windows: `load_corpus(config)` gives a `Corpus`, `train_windows` draws from it."""
 
 from wavelet_jax.data.corpus import Corpus, load_corpus
-from wavelet_jax.data.windows import Windows
+from wavelet_jax.data.windows import PACKINGS, Windows, check_packing, read_ahead, train_windows
 
-__all__ = ["Corpus", "Windows", "load_corpus"]
+__all__ = ["PACKINGS", "Corpus", "Windows", "check_packing", "load_corpus", "read_ahead", "train_windows"]

@@ -4,6 +4,8 @@ A folder of the cache is named by a hash of everything it was made from: every b
 tokenizer, the split. It appears under that name by one rename, when all of it is on the disk.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -13,17 +15,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from wavelet_jax.data import sources, tokenizers
+from wavelet_jax.data import sources, tfds_sets, tokenizers
 from wavelet_jax.errors import UserError
 
-_FORMAT = 1  # raise it when other code would make other tokens of the same text
+_FORMAT = 2  # raise it when other code would make other tokens of the same text
 _TMP = ".tmp-"
+_CHUNK = 1 << 20  # characters that are tokenised as one piece of work
+_FILES = ("train.bin", "validation.bin", "train.ends", "validation.ends", "tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Corpus:
       train, validation: token ids [N], uint16 or uint32, read-only and memory-mapped.
       tokenizer: has `name` (such as "byte", "word 33278", "bpe 4096"), `vocab_size`, `encode(text)`, `decode(ids)`.
       unit: what a token is: "byte", "word" or "BPE token".
-      fingerprint: a hex digest of both streams and of the tokenizer; equal exactly where they are.
+      fingerprint: a hex digest of the streams, the ends of documents and the tokenizer; equal exactly where they are.
+      train_ends, validation_ends: where each document ends in its stream: the number of tokens up to and with its
+        last one, ascending int64, read-only and memory-mapped.
     """
 
     train: np.ndarray
@@ -42,6 +48,8 @@ class Corpus:
     tokenizer: tokenizers.Tokenizer
     unit: str
     fingerprint: str
+    train_ends: np.ndarray
+    validation_ends: np.ndarray
 
 
 def load_corpus(config) -> Corpus:
@@ -62,10 +70,11 @@ def load_corpus(config) -> Corpus:
     if not files["validation"] and not 0 < config.data.validation_fraction < 1:
         raise UserError(
             f"config.data.validation_fraction is {config.data.validation_fraction}: set it between 0 and 1, or name "
-            "config.data.validation_files"
+            f"config.data.validation_{_kind(config)}"
         )
     digests = {split: sources.digests(names) for split, names in files.items()}
-    _check_overlap(files, digests)
+    if not sources.is_tfds(config):  # whose splits may share a file, and share no example
+        _check_overlap(files, digests)
     made_from = {
         "format": _FORMAT,
         "documents": _document_keys(config),
@@ -98,14 +107,17 @@ def in_validation(document: str, fraction: float) -> bool:
 
 
 def _document_keys(config) -> list[str]:
-    """The keys that decide how files become documents."""
+    """The keys that decide how files become documents, and which of them are read."""
     match config.data.source:
         case "python":
             return ["text", "file"]
         case "text":
             return ["text", config.data.document]
-        case _:
+        case "jsonl":
             return ["jsonl", config.data.text_field]
+        case _:
+            splits = [config.data.train_split, config.data.validation_split]
+            return ["tfds", tfds_sets.full_name(config), config.data.text_field, *splits]
 
 
 def _check_overlap(files: dict[str, list[str]], digests: dict[str, list[str]]) -> None:
@@ -122,11 +134,12 @@ def _check_overlap(files: dict[str, list[str]], digests: dict[str, list[str]]) -
 
 def _documents(config, files: dict[str, list[str]], label: str) -> Iterator[tuple[str, str]]:
     """(split, document) for every document, train before validation where both have files."""
-    for document in sources.documents(config, files["train"], label):
+    for document in sources.documents(config, "train", files["train"], label):
         held_out = not files["validation"] and in_validation(document, config.data.validation_fraction)
         yield "validation" if held_out else "train", document
-    for document in sources.documents(config, files["validation"], label):
-        yield "validation", document
+    if files["validation"]:
+        for document in sources.documents(config, "validation", files["validation"], label):
+            yield "validation", document
 
 
 def _build(config, cache: Path, key: str, files: dict[str, list[str]], digests: dict[str, list[str]]) -> Corpus:
@@ -137,7 +150,7 @@ def _build(config, cache: Path, key: str, files: dict[str, list[str]], digests: 
         made.mkdir()
         _write(config, made, files)
         if {split: sources.digests(names) for split, names in files.items()} != digests:
-            raise UserError("the files of config.data.train_files changed while they were read: start again")
+            raise UserError("the files of config.data changed while they were read: start again")
         corpus = _open(config, made)  # its maps stay whatever happens to the name
         if corpus is None:
             raise OSError(errno.EIO, "what was written reads back otherwise", str(cache))
@@ -155,7 +168,7 @@ def _build(config, cache: Path, key: str, files: dict[str, list[str]], digests: 
 
 
 def _write(config, folder: Path, files: dict[str, list[str]]) -> None:
-    """Writes train.bin, validation.bin, tokenizer.json and, last, meta.json, document by document."""
+    """Writes `_FILES` and, last, meta.json, document by document."""
 
     def train_documents() -> Iterator[str]:
         every = _documents(config, files, f"{config.data.tokenizer} vocabulary")
@@ -163,16 +176,21 @@ def _write(config, folder: Path, files: dict[str, list[str]]) -> None:
 
     tokenizer = tokenizers.train(config, train_documents)
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    end = b"" if tokenizer.end is None else np.array(tokenizer.end, dtype).tobytes()
+    end = [] if tokenizer.end is None else [np.array([tokenizer.end], dtype)]
     documents, tokens = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
     with contextlib.ExitStack() as stack:
-        streams = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in tokens}
-        for split, document in _documents(config, files, f"{config.data.tokenizer} tokens"):
-            ids = tokenizer.encode(document).tobytes() + end
-            streams[split].write(ids)
-            tokens[split] += len(ids) // dtype.itemsize
+        streams, ends = (
+            {split: stack.enter_context(open(folder / f"{split}.{kind}", "wb")) for split in tokens}
+            for kind in ("bin", "ends")
+        )
+        every = _documents(config, files, f"{config.data.tokenizer} tokens")
+        for split, ids in stack.enter_context(contextlib.closing(_encoded(config, tokenizer, every))):
+            for part in (ids, *end):
+                streams[split].write(part.data)
+                tokens[split] += len(part)
+            ends[split].write(tokens[split].to_bytes(8, "little"))
             documents[split] += 1
-        for stream in streams.values():
+        for stream in (*streams.values(), *ends.values()):
             _flush(stream)
     _check_splits(config, documents, files)
     with open(folder / "tokenizer.json", "w", encoding="utf-8") as file:
@@ -182,6 +200,39 @@ def _write(config, folder: Path, files: dict[str, list[str]]) -> None:
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump({**meta, "fingerprint": _fingerprint(folder, dtype.str)}, file, indent=1)
         _flush(file)
+
+
+def _encoded(
+    config, tokenizer: tokenizers.Tokenizer, documents: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, ids) of every (split, document), in their order, encoded on `config.data.threads` threads.
+
+    BPE leaves Python's lock while it works; bytes and words hold it, and gain only the time of reading.
+    """
+    threads = config.data.threads
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    waiting = collections.deque()
+    try:
+        for chunk in _chunks(documents):
+            waiting.append(pool.submit(lambda chunk: [(split, tokenizer.encode(text)) for split, text in chunk], chunk))
+            if len(waiting) > 2 * threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chunks(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Neighbouring documents, `_CHUNK` characters or a little more: one line is too little work for a thread."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document[1])
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 def _flush(file) -> None:
@@ -195,20 +246,27 @@ def _check_splits(config, documents: dict[str, int], files: dict[str, list[str]]
     total = sum(documents.values())
     for split in ("train", "validation"):
         if files[split] and not (documents[split] if files["validation"] else total):
-            raise UserError(f"config.data.{split}_files holds no text: {len(files[split])} files, all of them blank")
+            raise UserError(
+                f"config.data.{split}_{_kind(config)} holds no text: {len(files[split])} files, all of them blank"
+            )
         if not documents[split]:
             smaller = "a smaller config.data.document" if config.data.source == "text" else "more documents"
             raise UserError(
                 f"the {split} split is empty: none of {total} documents falls into it by config.data."
                 f"validation_fraction {config.data.validation_fraction}: change it, name "
-                f"config.data.validation_files, or give {smaller}"
+                f"config.data.validation_{_kind(config)}, or give {smaller}"
             )
 
 
+def _kind(config) -> str:
+    """What the keys of the two splits end in: config.data.train_files, config.data.train_split."""
+    return "split" if sources.is_tfds(config) else "files"
+
+
 def _fingerprint(folder: Path, dtype: str) -> str:
-    """The digest of both streams and the tokenizer, from the files."""
+    """The digest of the streams, the ends and the tokenizer, from the files."""
     digest = hashlib.sha256(dtype.encode())
-    for name in ("train.bin", "validation.bin", "tokenizer.json"):
+    for name in _FILES:
         with open(folder / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -224,8 +282,9 @@ def _open(config, folder: Path) -> Corpus | None:
         if _fingerprint(folder, meta["dtype"]) != meta["fingerprint"]:
             raise ValueError("its files are not those that were written")
         tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
-        streams = [np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation")]
-        return Corpus(*streams, tokenizer=tokenizer, unit=tokenizer.unit, fingerprint=meta["fingerprint"])
+        streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))
+        ends = (np.memmap(folder / f"{split}.ends", "<i8", "r") for split in ("train", "validation"))
+        return Corpus(*streams, tokenizer, tokenizer.unit, meta["fingerprint"], *ends)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.warning("the token cache %s is damaged (%s): it is built again", folder, error)
         return None

@@ -1,4 +1,4 @@
-"""Where text comes from: the files that `config.data` names, read as a stream of documents."""
+"""Where text comes from: the files or the TFDS data set that `config.data` names, read as a stream of documents."""
 
 import contextlib
 import glob
@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+from wavelet_jax.data import tfds_sets
 from wavelet_jax.errors import UserError, unknown
 
-SOURCES = ("python", "text", "jsonl")
+SOURCES = ("python", "text", "jsonl")  # and "tfds:NAME"
 DOCUMENTS = ("file", "line", "paragraph")
 _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)  # gzip's own error is an OSError
@@ -30,20 +31,28 @@ _LEFT_OUT_FOLDERS = {"test", "tests", "__pycache__", "site-packages", "dist-pack
 
 def check(config) -> None:
     """Raises `UserError` where `config.data.source` or `config.data.document` is not known."""
-    if config.data.source not in SOURCES:
-        raise unknown("config.data.source", config.data.source, SOURCES)
+    if config.data.source not in SOURCES and not is_tfds(config):
+        raise unknown("config.data.source", config.data.source, (*SOURCES, tfds_sets.PREFIX + "NAME"))
     if config.data.document not in DOCUMENTS:
         raise unknown("config.data.document", config.data.document, DOCUMENTS)
+
+
+def is_tfds(config) -> bool:
+    """Whether the text is a TFDS data set, which comes in splits."""
+    return config.data.source.startswith(tfds_sets.PREFIX)
 
 
 def find_files(config) -> dict[str, list[str]]:
     """The files of the "train" and of the "validation" text, each sorted by path and each file once.
 
-    Without validation files (the list is empty) the train files are those of both splits.
+    Without validation files (the list is empty) the train files are those of both splits. Those of TFDS are as read.
 
     Raises:
-      UserError: nothing named, a name that matches no file, or files named for a source that reads none.
+      UserError: nothing named, a name that matches no file, or files named for a source that reads none; and those of
+        `tfds_sets.find_files`.
     """
+    if is_tfds(config):
+        return tfds_sets.find_files(config)
     if config.data.source == "python":
         if config.data.train_files or config.data.validation_files:
             raise UserError(
@@ -109,16 +118,20 @@ def digests(files: Iterable[str]) -> list[str]:
     return result
 
 
-def documents(config, files: list[str], label: str) -> Iterator[str]:
-    """The documents of files in their order, without those that hold no text; one is in memory at a time.
+def documents(config, split: str, files: list[str], label: str) -> Iterator[str]:
+    """The documents of a split, whose files these are, in their order, without those that hold no text.
 
     A Python source and (by default) a text file is one document; `config.data.document` may make it the line or the
-    paragraph (up to a blank line), which then come without their last line end. A JSON line is one document. Bytes
-    that are not UTF-8 become U+FFFD; line ends are "\\n" and a "\\r" is text. `label` goes before the progress bar.
+    paragraph (up to a blank line), which then come without their last line end. A JSON line is one document, and so is
+    an example of TFDS. Bytes that are not UTF-8 become U+FFFD; line ends are "\\n" and a "\\r" is text. `label` goes
+    before the progress bar.
 
     Raises:
       UserError: a file that cannot be read, holds no text but binary data, or has a line that is not as it should be.
     """
+    if is_tfds(config):
+        yield from tfds_sets.documents(config, split, label)
+        return
     total = sum(os.path.getsize(file) for file in files)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
         for file in files:
