@@ -1,5 +1,7 @@
 """Packed documents: windows against a loop, losses against each document alone, runs; and reading ahead."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -178,6 +180,42 @@ def test_windows_without_a_counted_target_change_nothing(small_config):
     after, metrics = quick_jit(training.make_train_step(config, graphdef))(state, windows[None])
     assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+DEVICES = """
+import json, sys, jax, numpy as np
+sys.path.insert(0, "tests")
+from configs import smoke
+from test_packing import one_layer, packed_batch
+from wavelet_jax import sharding, training
+
+config = one_layer(smoke.get_config)
+config.mesh.update(data=-1, fsdp=int(sys.argv[1]))
+config.train.update(batch_size=16, accumulation=2)
+mesh = sharding.make_mesh(config)
+graphdef, state, _ = training.init(config, 257, mesh)
+train_step = jax.jit(training.make_train_step(config, graphdef))
+windows = packed_batch(config, [2] * 200 + [300] * 3, 16).reshape(training.batch_shape(config))
+for _ in range(5):
+    state, metrics = train_step(state, jax.device_put(windows, sharding.batch_sharding(mesh, leading=1)))
+    print(json.dumps(float(metrics["loss"])))
+"""
+
+
+@pytest.mark.slow
+def test_packed_update_on_eight_devices():
+    """Devices differ in how many of their targets count; sums over them are taken in another order, which rounds."""
+
+    def losses(devices: int, fsdp: int) -> list[float]:
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-c", DEVICES, str(fsdp)]
+        out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr
+        return [json.loads(line) for line in out.stdout.splitlines()]
+
+    one = losses(1, 1)
+    np.testing.assert_allclose(losses(8, 2), one, rtol=2e-5)  # as in test_sharding.py
+    assert one[-1] < one[0]
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # by which ml_collections reads the command's default config
