@@ -1,8 +1,10 @@
 """Checkpoints that are damaged in every way, saves that fail, the lock, and the guards."""
 
 import logging
+import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -421,3 +423,86 @@ def test_a_slow_update_is_told_once(warned):
     watch.ended(13)
     assert warned() == []
     watch.close()
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import os, pathlib, signal, sys, time
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from absl import logging
+
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+sys.path.insert(0, "tests")
+from test_checkpoint import *
+from wavelet_jax import stopping
+
+workdir, mine = pathlib.Path(sys.argv[3]), int(sys.argv[2])
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+def placed(state):
+    def place(leaf):
+        spec = PartitionSpec("data") if leaf.ndim else PartitionSpec()
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), np.asarray(leaf).__getitem__)
+    return jax.tree.map(place, state)
+
+def shards_are(state, step):
+    for leaf, whole in zip(jax.tree.leaves(state), jax.tree.leaves(make_state(step)), strict=True):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(whole)[shard.index])
+
+with checkpoint.open_manager(workdir, smoke.get_config()) as manager:
+    for step in (20, 40):
+        checkpoint.save(manager, placed(make_state(step)), windows=8 * step, fingerprint=FINGERPRINT)
+    checkpoint.wait(manager, 40)
+target = abstract(placed(make_state(0)))
+state, windows = checkpoint.restore(workdir, target, fingerprint=FINGERPRINT)
+shards_are(state, 40)
+if mine == 1:
+    flip(next((workdir / "checkpoints" / "40" / "state" / "ocdbt.process_1" / "d").iterdir()), 0.5, 4)
+jax.experimental.multihost_utils.sync_global_devices("damaged")
+state, windows = checkpoint.restore(workdir, target, fingerprint=FINGERPRINT)
+shards_are(state, 20)
+assert windows == 160
+
+add = jax.jit(lambda x: x + 1)
+with stopping.listen() as stop:
+    for step in range(1, 1000):
+        state = jax.tree.map(add, state)
+        if mine == 1 and step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        if stop.requested():
+            break
+    print(step, flush=True)
+    jax.experimental.multihost_utils.sync_global_devices("done")
+    stop.released("done")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_to_load_and_when_to_stop(tmp_path):
+    """Only one of them gets the signal, and only one reads the checksums."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(port), str(number), str(tmp_path)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    said = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said
+    steps = {int(out.split()[-1]) for out, _ in said}  # Gloo has said something before
+    assert len(steps) == 1
+    assert 7 <= steps.pop() <= 9
+    assert "ocdbt.process_1/d/" in said[0][1]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["20", "damaged-40"]

@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(w
     )
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    (warning,) = (line for line in err.splitlines() if "damaged" in line)
+    (warning,) = (line for line in err.splitlines() if " is damaged" in line)
     assert f"checkpoints/40 is damaged (state/ocdbt.process_0/d/{array_file.name} is not as it was written)" in warning
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "40", "damaged-40"]
     assert losses(workdir) == losses(whole_runs[0] / "wavelet")
