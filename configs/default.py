@@ -75,9 +75,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     train.batch_size = 32  # windows an update, all devices and accumulation together
     train.accumulation = 1  # an update is made of this many equal parts, one after another, for memory
     train.logits_chunk = 4096  # tokens whose logits are held at a time, for memory; 0: all
-    train.skip_nonfinite = (
-        0  # so many updates in a row may have a loss or gradient that is not finite; they are skipped
-    )
+    train.skip_nonfinite = 0  # so many updates in a row are skipped where loss or gradient is not finite
 
     config.optimizer = optimizer = ConfigDict()  # AdamW
     optimizer.learning_rate = 2e-3  # the peak
