@@ -178,7 +178,9 @@ def test_a_second_signal_ends_at_once():
     code += "    assert not stop.requested(); print('ready', flush=True)\n"
     code += "    while not stop.requested(): pass\n"
     code += "    print('stopping', flush=True); time.sleep(1000)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "stopping\n"
@@ -187,6 +189,7 @@ def test_a_second_signal_ends_at_once():
         assert process.stderr.read() == "\nSIGTERM: a second signal\n"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(whole_runs, data_flags, tmp_path):
     workdir = tmp_path / "wavelet"
     shutil.copytree(whole_runs[0] / "wavelet", workdir)
@@ -370,6 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path):
     assert last["loss"] is None or last["grad_norm"] is None
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_over_lives(data_flags, tmp_path):
     """Update 1 makes parameters of 1e30; all after it are not finite."""
     flags = [f"--config={ROOT}/configs/smoke.py:wavelet", "--config.optimizer.learning_rate=1e30", *data_flags]
