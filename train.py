@@ -5,10 +5,13 @@
     python train.py ... --config.train.steps=2000                                any key of configs/default.py
 
 A run that was stopped goes on when the same command is given again, to the same losses.
+
+Exit codes: 0 when all is done; 2 for what a user can mend, said in one line (bad input, a loss that is not finite, no
+room on the disk for the last checkpoint); 143 after SIGTERM and 130 after SIGINT, when the update that ran is finished
+and saved. A second signal ends the process at once, with the same code.
 """
 
 import contextlib
-import math
 import sys
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, cli, evaluation, processes, runs, sharding, training
+from wavelet_jax import checkpoint, cli, evaluation, guards, processes, runs, sharding, stopping, training
 from wavelet_jax.data import Windows, check_packing, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 
@@ -29,8 +32,8 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and the config file's name if left out")
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """One run, from wherever its directory stands to `config.train.steps` updates."""
+def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
+    """One run, from wherever its directory stands to `config.train.steps` updates, or to a signal."""
     mesh = sharding.make_mesh(config)
     _check_batch(config, mesh)
     runs.check_config(workdir, config)
@@ -44,14 +47,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.open_manager(workdir, config))
-        state, position = checkpoint.restore(manager, abstract_state, fingerprint=corpus.fingerprint) or (state, 0)
+        stack.enter_context(runs.locked(workdir))
+        state, position = checkpoint.restore(workdir, abstract_state, fingerprint=corpus.fingerprint) or (state, 0)
         first = int(state.step)
         if first > config.train.steps:
             raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
+        manager = stack.enter_context(checkpoint.open_manager(workdir, config))
+        log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
+        guard = stack.enter_context(guards.Guard(config, workdir, log))
         if processes.is_first():
             runs.save_config(workdir, config)
-            log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
             print(
                 f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
                 f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
@@ -85,30 +90,32 @@ def train(config: ConfigDict, workdir: Path) -> None:
             position += size
 
             last = step == config.train.steps
+            stopping_here = stop.requested()
             validate = config.eval.every > 0 and (last or step % config.eval.every == 0)
-            save = last or step % config.checkpoint.every == 0
-            if save or validate or step % config.log.every == 0:
+            save = last or stopping_here or step % config.checkpoint.every == 0
+            record = validate or last or step % config.log.every == 0
+            guard.made(step, metrics, look=save or record)
+            if record:
                 metrics = {name: float(value) for name, value in metrics.items()}
-                if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                    raise UserError(
-                        f"update {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the checkpoints "
-                        f"in {workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir"
-                    )
-            if validate or last or step % config.log.every == 0:
                 now = time.perf_counter()
                 metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
                 if validate:
-                    metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
-                if processes.is_first():
-                    log.write(step, metrics)
+                    with guard.paused():
+                        metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
+                log.write(step, metrics)
                 shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
                 progress.set_postfix(shown, refresh=False)
                 last_logged, last_time = step, time.perf_counter()
             if save:
-                checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
+                with guard.paused():
+                    checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
+            if stopping_here:
+                break
+        checkpoint.wait(manager, int(state.step))
+    stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command goes on")
 
 
-def compare(config: ConfigDict, workdir: Path) -> None:
+def compare(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
     """Trains every method of `config.compare.methods` in turn, then evaluates them together."""
     methods = config.compare.methods
     if not all(isinstance(method, str) for method in methods):
@@ -125,7 +132,7 @@ def compare(config: ConfigDict, workdir: Path) -> None:
     for each, directory in zip(configs, workdirs, strict=True):
         runs.check_config(directory, each)
     for each, directory in zip(configs, workdirs, strict=True):
-        train(each, directory)
+        train(each, directory, stop)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
 
 
@@ -135,10 +142,11 @@ def main() -> None:
     check_packing(config)  # tokenising may take long
     filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
-    if config.compare.methods:
-        compare(config, workdir)
-    else:
-        train(config, workdir)
+    with stopping.listen() as stop:
+        if config.compare.methods:
+            compare(config, workdir, stop)
+        else:
+            train(config, workdir, stop)
 
 
 def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
@@ -162,10 +170,13 @@ def _check_counts(config: ConfigDict) -> None:
             "train.batch_size": (config.train.batch_size, 1),
             "train.accumulation": (config.train.accumulation, 1),
             "train.logits_chunk": (config.train.logits_chunk, 0),
+            "train.skip_nonfinite": (config.train.skip_nonfinite, 0),
             "data.threads": (config.data.threads, 1),
             "data.prefetch": (config.data.prefetch, 0),
             "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
             "log.every": (config.log.every, 1),
+            "log.slow_update": (config.log.slow_update, 0),
+            "log.slow_seconds": (config.log.slow_seconds, 0),
             "checkpoint.every": (config.checkpoint.every, 1),
             "checkpoint.keep": (config.checkpoint.keep, 1),
             "eval.every": (config.eval.every, 0),

@@ -83,6 +83,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     train.batch_size = 32  # windows an update, all devices and accumulation together
     train.accumulation = 1  # an update is made of this many equal parts, one after another, for memory
     train.logits_chunk = 4096  # tokens whose logits are held at a time, for memory; 0: all
+    train.skip_nonfinite = 0  # so many updates in a row are skipped where loss or gradient is not finite
 
     config.optimizer = optimizer = ConfigDict()  # AdamW
     optimizer.learning_rate = 2e-3  # the peak
@@ -99,6 +100,8 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     # --- What a run writes ------------------------------------------------------------------------------------------
     config.log = log = ConfigDict()
     log.every = 20  # updates
+    log.slow_update = 10.0  # warn of an update that takes this many times the median of the last 32; 0: never
+    log.slow_seconds = 10.0  # and at least these seconds
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 500  # updates; the last is always saved
     checkpoint.keep = 2  # newest checkpoints

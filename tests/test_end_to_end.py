@@ -3,15 +3,18 @@
 import csv
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from wavelet_jax import runs
+from wavelet_jax import checkpoint, runs
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,159 @@ def test_killed_run_goes_on_to_the_same_losses(whole_runs, data_flags, tmp_path)
     assert losses(tmp_path) == losses(whole_runs[0] / "wavelet")
 
 
+def wait_for(process: subprocess.Popen, happened) -> None:
+    """Returns when `happened()`; fails where the process ends before it."""
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def interrupted(process: subprocess.Popen, signum: int, happened) -> list[str]:
+    """Sends a signal when `happened()`, checks the exit code, and returns the lines of stderr."""
+    wait_for(process, happened)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + signum, err
+    return err.splitlines()
+
+
+def logged(workdir, step: int):
+    return lambda: any(line["step"] >= step for line in runs.read_metrics(workdir))
+
+
+def test_signals_save_and_the_same_command_goes_on(whole_runs, data_flags, tmp_path):
+    """SIGTERM ends a whole comparison in its first run, SIGINT the run that goes on: no loss differs in the end."""
+    workdir = tmp_path / "wavelet"
+    flags = ["--config.log.every=1", *data_flags]
+    both = [f"--config={ROOT}/configs/smoke.py", "--config.compare.methods=('wavelet', 'rope')"]
+    one = [f"--config={ROOT}/configs/smoke.py:wavelet", f"--workdir={workdir}", *flags]
+    lives = [
+        (start("train.py", *both, f"--workdir={tmp_path}", *flags), signal.SIGTERM, logged(workdir, 5)),
+        (lambda: start("train.py", *one), signal.SIGINT, logged(workdir, 23)),
+    ]
+    for process, signum, happened in lives:
+        process = process() if callable(process) else process
+        last = interrupted(process, signum, happened)[-1]
+        said = re.fullmatch(rf"{signum.name}: (.*) is saved at update (\d+); the same command goes on", last)
+        assert said.group(1) == str(workdir)
+        assert int(said.group(2)) == checkpoint.latest_step(workdir) == runs.read_metrics(workdir)[-1]["step"]
+    assert not (tmp_path / "rope").exists()
+    run("train.py", *one)
+    assert losses(workdir) == losses(whole_runs[0] / "wavelet")
+
+
+def test_a_signal_before_the_first_update_ends_at_once(data_flags, tmp_path):
+    flags = [f"--config={ROOT}/configs/smoke.py:rope", f"--workdir={tmp_path}/run", *data_flags]
+    process = start("train.py", *flags, "--config.train.steps=100000")
+    lines = interrupted(process, signal.SIGTERM, (tmp_path / "run" / "config.json").exists)
+    assert lines[-1] == "SIGTERM: there is nothing to save; the same command goes on"
+    assert checkpoint.latest_step(tmp_path / "run") is None
+
+
+def test_a_second_signal_ends_at_once():
+    """Also where the main thread is stuck."""
+    code = "import sys, time; from wavelet_jax import stopping\nwith stopping.listen() as stop:\n"
+    code += "    assert not stop.requested(); print('ready', flush=True)\n"
+    code += "    while not stop.requested(): pass\n"
+    code += "    print('stopping', flush=True); time.sleep(1000)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+        assert process.stderr.read() == "\nSIGTERM: a second signal\n"
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(whole_runs, data_flags, tmp_path):
+    workdir = tmp_path / "wavelet"
+    shutil.copytree(whole_runs[0] / "wavelet", workdir)
+    (array_file, *_) = (workdir / "checkpoints" / "40" / "state" / "ocdbt.process_0" / "d").iterdir()
+    data = bytearray(array_file.read_bytes())
+    data[len(data) // 2] ^= 1
+    array_file.write_bytes(data)
+    process = start(
+        "train.py",
+        f"--config={ROOT}/configs/smoke.py:wavelet",
+        f"--workdir={workdir}",
+        *data_flags,
+        "--config.log.every=1",
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (warning,) = (line for line in err.splitlines() if " is damaged" in line)
+    assert f"checkpoints/40 is damaged (state/ocdbt.process_0/d/{array_file.name} is not as it was written)" in warning
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "40", "damaged-40"]
+    assert losses(workdir) == losses(whole_runs[0] / "wavelet")
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_loss(whole_runs, data_flags, tmp_path):
+    """SIGKILL at random moments of start, updates and saves, of which there is one after every update."""
+    flags = [f"--config={ROOT}/configs/smoke.py:wavelet", f"--workdir={tmp_path}", "--config.log.every=1"]
+    flags += ["--config.checkpoint.every=1", *data_flags]
+    rng = np.random.default_rng(int(time.time()))
+    at, cut_short = [], set()
+    for number in range(20):
+        before = max((line["step"] for line in runs.read_metrics(tmp_path)), default=0)
+        process = start("train.py", *flags)
+        try:
+            if number % 5:  # while it trains: some 2 updates further each time, with some milliseconds on top
+                wait_for(process, logged(tmp_path, min(before + int(rng.integers(1, 4)), 39)))
+                time.sleep(rng.uniform(0, 0.1))
+            else:  # while it starts
+                time.sleep(rng.uniform(0, 8))
+        finally:
+            process.kill()
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        at.append(checkpoint.latest_step(tmp_path))
+        cut_short |= {(path.name, path.stat().st_ino) for path in (tmp_path / "checkpoints").glob("*tmp")}
+    run("train.py", *flags)
+    differing = sum(losses(tmp_path)[step] != loss for step, loss in losses(whole_runs[0] / "wavelet").items())
+    print(f"20 kills, {len(cut_short)} of them during a save; newest checkpoints {at}; differing losses: {differing}")
+    assert losses(tmp_path) == losses(whole_runs[0] / "wavelet")
+    assert not list((tmp_path / "checkpoints").glob("damaged*"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_good_checkpoint(whole_runs, data_flags, tmp_path):
+    """On a file system of its own that holds a few checkpoints, and is then filled by something else."""
+    disk, copied = tmp_path / "disk", tmp_path / "copied"
+    disk.mkdir()
+    flags = [f"--config={ROOT}/configs/smoke.py:wavelet", f"--workdir={disk}/run", "--config.log.every=1", *data_flags]
+    train = [sys.executable, str(ROOT / "train.py"), *flags]
+    command = " ".join(map(shlex.quote, train))
+    script = f"""
+        mount -t tmpfs -o size=2m tmpfs {disk} || exit 77
+        {command} --config.train.steps=20 || exit 1
+        head -c 2m /dev/zero > {disk}/filler
+        {command} --config.checkpoint.every=10
+        echo ended $?
+        cp -r {disk}/run {copied}
+        rm {disk}/filler
+        {command} || exit 1
+        cp -r {disk}/run {copied}-after
+    """
+    out = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if out.returncode == 77 or "unshare" in out.stderr:
+        pytest.skip("no file system can be mounted here")
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "ended 2", out.stderr
+    said = [line for line in out.stderr.splitlines() if "could not be written" in line]
+    assert "the checkpoint of update 30 could not be written" in said[0] or "metrics of update" in said[0]
+    assert any(
+        "error: the checkpoint of update 40 could not be written" in line and "No space left" in line for line in said
+    )
+    assert checkpoint.latest_step(copied) == 20
+    assert losses(f"{copied}-after") == losses(whole_runs[0] / "wavelet")
+
+
 @pytest.mark.parametrize("protocol", ["non_overlapping", "sliding_window"])
 def test_eval_command(whole_runs, tmp_path, protocol):
     workdirs = [f"--workdir={whole_runs[0] / method}" for method in ("wavelet", "rope")]
@@ -212,6 +368,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path):
     stopped_at = int(re.search(r"error: update (\d+): loss \S+, gradient norm", err).group(1))
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert max(saved) == stopped_at - 1
+    last = runs.read_metrics(tmp_path)[-1]
+    assert last["step"] == stopped_at
+    assert last["loss"] is None or last["grad_norm"] is None
+
+
+@pytest.mark.slow
+def test_skipped_updates_are_counted_over_lives(data_flags, tmp_path):
+    """Update 1 makes parameters of 1e30; all after it are not finite."""
+    flags = [f"--config={ROOT}/configs/smoke.py:wavelet", "--config.optimizer.learning_rate=1e30", *data_flags]
+    flags += ["--config.log.every=3", "--config.eval.every=0", f"--workdir={tmp_path}"]
+    run("train.py", *flags, "--config.train.skip_nonfinite=9", "--config.train.steps=4")
+    assert [(line["step"], line["skipped"]) for line in runs.read_metrics(tmp_path)] == [(3, 2), (4, 3)]
+    process = start("train.py", *flags, "--config.train.skip_nonfinite=5")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "error: update 7: loss nan" in err
+    assert "the 6 before" not in err
+    assert [line["step"] for line in runs.read_metrics(tmp_path)] == [3, 4, 6, 7]
 
 
 def test_bad_evaluation_input(whole_runs, data_flags, tmp_path):

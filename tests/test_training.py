@@ -84,7 +84,7 @@ def test_dropout_follows_seed_and_step(small_config):
     config.model.dropout = 0.5
     train_step, state = start(config)
     (_, first), (_, again) = train_step(state, batch()), train_step(state, batch())
-    _, later = train_step(training.State(state.step + 1, state.params, state.opt_state), batch())
+    _, later = train_step(state.replace(step=state.step + 1), batch())
     assert float(first["loss"]) == float(again["loss"])
     assert float(first["loss"]) != float(later["loss"])
 

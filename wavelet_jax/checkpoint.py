@@ -1,78 +1,243 @@
-"""Checkpoints by orbax: parameters, optimizer, step, and the data position (windows read, one integer)."""
+"""Checkpoints by orbax: parameters, optimizer, step, and the data position (windows read, one integer).
 
+A checkpoint is saved in the background, in a temporary folder. When every process has written its part, checksums of
+all files are added (`checksums`), and one rename makes it a checkpoint: it is there with its checksums or not at all.
+It is read only after all its files were found as they were written. One that is damaged is named and set aside, renamed
+to damaged-N, and the one before it used.
+"""
+
+import contextlib
+import functools
+import logging as std_logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from wavelet_jax import checksums
 from wavelet_jax.errors import UserError
 from wavelet_jax.training import State
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder that a save has not committed yet
+_DAMAGED = "damaged-"
 
-def open_manager(workdir: Path, config: ConfigDict, *, read_only: bool = False) -> ocp.CheckpointManager:
-    """The run's checkpoints: saved in the background, each whole or not there, the newest `checkpoint.keep` kept."""
+
+@contextlib.contextmanager
+def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointManager]:
+    """Saves the run's checkpoints in the background, and keeps the newest `checkpoint.keep`; comes after `restore`."""
+    folder = _folder(workdir)
+
+    def add_checksums() -> None:
+        """Called in process 0 when all processes have written and the folder waits for its name."""
+        # The last by its update: one that failed may still be there.
+        checksums.write(max(folder.glob(f"*{_UNFINISHED}*"), key=lambda path: int(path.name.split(".")[0])))
+
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else config.checkpoint.keep, create=not read_only
+        max_to_keep=config.checkpoint.keep,
+        lightweight_initialize=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=add_checksums),
     )
-    return ocp.CheckpointManager(_folder(workdir), options=options)
+    _one_line_a_failure()
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        try:
+            yield manager
+        finally:  # whatever ends the run, what is under way is finished
+            if failure := _settle(manager):
+                logging.warning("%s", failure)
 
 
 def latest_step(workdir: Path) -> int | None:
-    """The update of the newest checkpoint, or None. Writes nothing."""
-    if not _folder(workdir).is_dir():
+    """The update of the newest checkpoint, sound or not, or None. Writes nothing."""
+    return max(_steps(_folder(workdir)), default=None)
+
+
+def save(manager: ocp.CheckpointManager, state: State, *, windows: int, fingerprint: str) -> None:
+    """Saves the state after `windows` windows of the corpus with this fingerprint, under its step.
+
+    Returns when the state has been copied; it is written in the background. A save that fails, this one or the one
+    before, is a warning: the run is worth more than a checkpoint, and the next save tries again.
+    """
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave({"windows": windows, "fingerprint": fingerprint}),
+    )
+    step = int(state.step)
+    failures = [_settle(manager)]
+    try:
+        manager.save(step, args=args)
+    except Exception as error:
+        failures.append(_failed(manager, step, error))
+    for failure in filter(None, failures):
+        logging.warning("%s: the run goes on", failure)
+
+
+def wait(manager: ocp.CheckpointManager, step: int) -> None:
+    """Waits for what is written in the background. Raises `UserError` where there is no checkpoint of `step` then."""
+    failure = _settle(manager)
+    if step not in _steps(Path(manager.directory)):
+        failure = failure or f"the checkpoint of update {step} could not be written"
+        raise UserError(f"{failure}; make room, and give the same command again")
+    if failure:
+        logging.warning("%s", failure)
+
+
+def restore(workdir: Path, abstract_state: State, *, fingerprint: str) -> tuple[State, int] | None:
+    """The newest sound checkpoint's state, laid out as `abstract_state` says, and its data position; None if none was.
+
+    Damaged checkpoints newer than it are set aside, and what a killed save has left is removed.
+
+    Raises:
+      UserError: the corpus is not the one that the run has read; there are checkpoints and none is sound (all are left
+        where they are).
+    """
+    folder = _folder(workdir)
+    step, damaged = _newest_sound(folder)
+    if jax.process_index() == 0:
+        for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished)
+        for number in damaged:
+            _set_aside(folder / str(number))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("wavelet_jax.checkpoint.restore")  # the folder is as they all will see it
+    if step is None:
         return None
-    with ocp.CheckpointManager(_folder(workdir), options=ocp.CheckpointManagerOptions(create=False)) as manager:
-        return manager.latest_step()
+    data = _restore_data(folder / str(step), fingerprint)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / str(step) / "state", abstract_state), data["windows"]
+
+
+def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str) -> tuple[dict, int]:
+    """The parameters alone of the newest sound checkpoint, and its step. Writes nothing; otherwise see `restore`.
+
+    The optimizer's moments, twice as large, are read for their checksums and not loaded.
+    """
+    folder = _folder(workdir)
+    step, _ = _newest_sound(folder)
+    if step is None:
+        raise UserError(f"{workdir} has no checkpoint: train it first")
+    _restore_data(folder / str(step), fingerprint)
+    item = {"params": abstract_params}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / str(step) / "state", args=args)["params"], step
 
 
 def _folder(workdir: Path) -> Path:
     return (workdir / "checkpoints").absolute()
 
 
-def save(manager: ocp.CheckpointManager, state: State, *, windows: int, fingerprint: str) -> None:
-    """Saves the state after `windows` windows of the corpus with this fingerprint, under its step."""
-    manager.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave({"windows": windows, "fingerprint": fingerprint}),
-        ),
-    )
+def _steps(folder: Path) -> list[int]:
+    """Updates that have a checkpoint, sound or not."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)]
 
 
-def restore(manager: ocp.CheckpointManager, abstract_state: State, *, fingerprint: str) -> tuple[State, int] | None:
-    """The newest checkpoint's state, laid out as `abstract_state` says, and its data position; None if there is none.
+def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
+    """The update of the newest checkpoint whose files are as they were written, and those of the newer, damaged ones.
 
-    Raises:
-      UserError: the corpus is not the one that the run has read.
+    The first is None where there has been no checkpoint. Process 0 reads the files, and all have its answer.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    data = _restore_data(manager, step, fingerprint)
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
-    return state, data["windows"]
+    reasons, sound, failed = {}, None, False
+    if jax.process_index() == 0:
+        for step in sorted(_steps(folder), reverse=True):
+            reasons[step] = checksums.damage(folder / str(step))
+            if reasons[step] is None:
+                sound = step
+                del reasons[step]
+                break
+        aside = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
+        failed = sound is None and bool(reasons or aside)
+    if jax.process_count() > 1:
+        answer = np.array([-1 if sound is None else sound, failed])
+        answer = multihost_utils.broadcast_one_to_all(answer)
+        sound, failed = None if answer[0] < 0 else int(answer[0]), bool(answer[1])
+    if failed:
+        tried = [f"{step} ({reason})" for step, reason in reasons.items()]
+        tried += [f"{name} (set aside before)" for name in aside] if jax.process_index() == 0 else ["see process 0"]
+        raise UserError(
+            f"no checkpoint in {folder} can be read: {', '.join(tried)}; bring one back, or use a new workdir "
+            f"(one that was saved before there were checksums: `write` in wavelet_jax/checksums.py vouches for it)"
+        )
+    for step, reason in reasons.items():
+        _warn_once(f"the checkpoint {folder / str(step)} is damaged ({reason}): the one of update {sound} is used")
+    return sound, list(reasons)
 
 
-def restore_params(manager: ocp.CheckpointManager, abstract_params: dict, *, fingerprint: str) -> tuple[dict, int]:
-    """The parameters alone of the newest checkpoint, of which there is one, and its step; see `restore`.
-
-    The optimizer's moments, twice as large, are not read.
-    """
-    step = manager.latest_step()
-    _restore_data(manager, step, fingerprint)
-    item = {"params": abstract_params}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=args)).state["params"], step
+@functools.cache
+def _warn_once(message: str) -> None:
+    """An evaluation looks at a run's checkpoints twice."""
+    logging.warning("%s", message)
 
 
-def _restore_data(manager: ocp.CheckpointManager, step: int, fingerprint: str) -> dict:
+def _set_aside(checkpoint: Path) -> None:
+    """Renames a checkpoint to a name that is none, damaged-N, or damaged-N-2 and on where that is taken."""
+    names = [f"{_DAMAGED}{checkpoint.name}"]
+    while (checkpoint.parent / names[-1]).exists():
+        names.append(f"{names[0]}-{len(names) + 1}")
+    checkpoint.rename(checkpoint.parent / names[-1])
+
+
+def _restore_data(checkpoint: Path, fingerprint: str) -> dict:
     """What is saved beside the state; restored first: with another vocabulary the shapes of the state would not fit."""
-    data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        data = checkpointer.restore(checkpoint / "data", args=ocp.args.JsonRestore())
     if data["fingerprint"] != fingerprint:
         raise UserError(
-            f"{manager.directory} was trained on another text or tokenizer than the config gives now (corpus "
+            f"{checkpoint.parent} was trained on another text or tokenizer than the config gives now (corpus "
             f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
         )
     return data
+
+
+def _settle(manager: ocp.CheckpointManager) -> str | None:
+    """Waits for the save in the background; what failed, or None."""
+    step = manager.latest_step()  # counts the one under way
+    try:
+        manager.wait_until_finished()
+        return None
+    except Exception as error:
+        return _failed(manager, step, error)
+
+
+def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
+    """Removes what a failed save has written, on a disk that may be full, and says what failed."""
+    folder = Path(manager.directory)
+    if jax.process_index() == 0:
+        for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    manager.reload()  # it counts the failed one as saved, and those that were to go for it as gone
+    kept = max(_steps(folder), default=None)
+    newest = "there is none before it" if kept is None else f"the newest is that of update {kept}"
+    # TensorStore names the array, the database and the file before it comes to the point.
+    reason = " ".join(str(error).split()).rsplit('": ', 1)[-1][:200] or type(error).__name__
+    return f"the checkpoint of update {step} could not be written ({reason}); {newest}"
+
+
+@functools.cache
+def _one_line_a_failure() -> None:
+    """Leaves it to `save` and `wait` to tell of a save that fails: orbax adds tracebacks of every array and thread."""
+
+    def is_ours(record: std_logging.LogRecord) -> bool:
+        from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname or "orbax" in record.getMessage()
+        return record.levelno < std_logging.ERROR or not from_orbax
+
+    logging.get_absl_logger().addFilter(is_ours)
+    std_logging.getLogger("asyncio").addFilter(is_ours)  # "Task exception was never retrieved"
+    show = sys.unraisablehook
+
+    def show_others(unraisable) -> None:
+        # TensorStore answers to an event loop that orbax closed at the first failure.
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = show_others

@@ -64,9 +64,8 @@ class Job:
         return self.programs[shape]
 
     def load(self) -> tuple[dict, int]:
-        """The parameters of the newest checkpoint, and its update."""
-        with checkpoint.open_manager(self.workdir, self.config, read_only=True) as manager:
-            return checkpoint.restore_params(manager, self.abstract_params, fingerprint=self.corpus.fingerprint)
+        """The parameters of the newest sound checkpoint, and its update."""
+        return checkpoint.restore_params(self.workdir, self.abstract_params, fingerprint=self.corpus.fingerprint)
 
     def scoring_seconds(self, length: int) -> float:
         """Expected of a length, once its program is compiled."""

@@ -1,22 +1,31 @@
-"""What a run's directory holds beside its checkpoints: the config it was made with, and its metrics."""
+"""What a run's directory holds beside its checkpoints: the config it was made with, its metrics, and its lock."""
 
+import contextlib
+import fcntl
 import json
+import math
 import os
+import socket
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
+from wavelet_jax import processes
 from wavelet_jax.errors import UserError
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
+_FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the disk
 
 # What may differ when a run goes on: none of these changes what is trained (another mesh adds up in another order; the
-# text itself is known by its fingerprint, wherever its files lie).
+# text itself is known by its fingerprint, wherever its files lie; a run that skip_nonfinite stopped may be let on).
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
-FREE_KEYS += ("data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
+FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
 FREE_KEYS += ("data.train_files", "data.validation_files")
 
 
@@ -81,8 +90,40 @@ def load_config(workdir: Path) -> ConfigDict:
     return ConfigDict(tree)
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other trainers out of `workdir`, which is made; the kernel lets go when this process ends in any way.
+
+    Of several processes of one run the first does it for all. File systems without locks are let through.
+
+    Raises:
+      UserError: another process is training there; names it.
+    """
+    if not processes.is_first():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "a process that has just started"
+            raise UserError(f"{workdir} is being trained by {holder}: wait for it, or use another --workdir") from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard event files of a run that may have been killed at any moment.
+
+    Of several processes the first writes; in the others nothing happens.
+
+    On a full disk, lines of metrics.jsonl wait for the next write, and those of TensorBoard are lost.
 
     Args:
       workdir: the run's directory.
@@ -90,26 +131,83 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter  # takes two seconds to import, and bad input should not wait for it
-
-        path = workdir / "metrics.jsonl"
+        self._silent = not processes.is_first()
+        if self._silent:
+            return
+        self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        partial = path.with_suffix(".jsonl.partial")
+        partial = self._path.with_suffix(".jsonl.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        os.replace(partial, self._path)
+        self._file = self._path.open("ab", buffering=0)  # says how much it has written, on a full disk too
+        self._waiting = b""
+        self._events = _Events(workdir / "tensorboard", first_step=step + 1)
+        self._warned = False
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line, on disk when this returns as far as a killed process is concerned."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        """Appends one line, on disk when this returns as far as a killed process is concerned.
+
+        What is not finite becomes null: JSON has no number for it.
+        """
+        if self._silent:
+            return
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._waiting += (json.dumps({"step": step, **dict.fromkeys(metrics), **finite}) + "\n").encode()
+        try:
+            self._write_waiting()
+            self._events.write(step, finite)
+        except OSError as error:
+            if not self._warned:
+                logging.warning("the metrics of update %d could not be written yet (%s): the run goes on", step, error)
+            self._warned = True
+
+    def _write_waiting(self) -> None:
+        while self._waiting:  # a line may get on the disk in two parts, never twice
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        """Raises OSError where lines are still waiting for room on the disk."""
+        if self._silent:
+            return
+        with self._file:
+            with contextlib.suppress(OSError):
+                self._events.close()
+            try:
+                self._write_waiting()
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"the last lines could not be written ({error.strerror})", str(self._path)
+                ) from error
+
+
+class _Events:
+    """A TensorBoard event file, written in the thread that calls: tensorboardX's own would die on a full disk.
+
+    Args:
+      first_step: what earlier files of the folder say of it and later steps no longer counts.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        # Takes two seconds to import, and bad input should not wait for it.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+        if time.monotonic() > self._flushed + _FLUSH_INTERVAL:
+            self._flushed = time.monotonic()
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

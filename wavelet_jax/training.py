@@ -27,6 +27,8 @@ class State:
     step: jax.Array  # updates made, int32
     params: dict[str, Any]  # the pure tree of the decoder's parameters, float32
     opt_state: optax.OptState
+    skipped: jax.Array  # of these updates, those that were not finite and so changed nothing else, int32
+    skipped_in_a_row: jax.Array  # the last so many updates, int32
 
 
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
@@ -132,7 +134,7 @@ def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef,
 
 def _make_state(config: ConfigDict, vocab_size: int) -> State:
     params = nnx.to_pure_dict(nnx.state(Decoder(config, vocab_size, rngs=nnx.Rngs(config.train.seed))))
-    return State(jnp.int32(0), params, make_optimizer(config).init(params))
+    return State(jnp.int32(0), params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
 
 
 def batch_shape(config: ConfigDict) -> tuple[int, ...]:
@@ -163,6 +165,9 @@ def make_train_step(
     """One update: (state, windows of `batch_shape`, int32) -> (state, metrics).
 
     The mesh says how activations are divided; without one, and with several devices, the compiler sees to it.
+
+    Where the loss or the norm of the gradient is not finite, parameters and optimizer come out as they went in, bit for
+    bit, and the update is counted as skipped: a state is never a poisoned one. Whether to go on is for `guards.Guard`.
     """
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     accumulation = config.train.accumulation
@@ -196,15 +201,31 @@ def make_train_step(
 
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
             (loss, grads), _ = jax.lax.scan(add, zeros, (windows, keys))
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            # A choice by element: it is fused into the update, where a branch would need both states in memory.
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
+        after = State(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": grad_norm,
+            # The optimizer's own count, which skipped updates do not move.
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "skipped": after.skipped,
+            "skipped_in_a_row": after.skipped_in_a_row,
         }
-        return State(state.step + 1, params, opt_state), metrics
+        return after, metrics
 
     return train_step
 
