@@ -3,6 +3,8 @@
     python train.py                                                              the quickstart comparison
     python train.py --config=configs/wikitext2.py:rope --workdir=runs/rope       one run
     python train.py ... --config.train.steps=2000                                any key of configs/default.py
+    python train.py ... --compile_only --topology=v5e:16x16                      what it will take (wavelet_jax/plan.py)
+    python train.py ... --profile_steps=100:105                                  a trace (wavelet_jax/profiling.py)
 
 A run that was stopped goes on when the same command is given again, to the same losses.
 """
@@ -10,7 +12,6 @@ A run that was stopped goes on when the same command is given again, to the same
 import contextlib
 import math
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -19,26 +20,28 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, cli, evaluation, runs, sharding, training
+from wavelet_jax import checkpoint, cli, devices, evaluation, plan, profiling, runs, sharding, throughput, training
 from wavelet_jax.data import Windows, load_corpus
 from wavelet_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parent / "configs" / "quickstart.py"), "what to train: FILE.py[:variant]"
 )
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "START:STOP, updates to trace into WORKDIR/profile")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and the config file's name if left out")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """One run, from wherever its directory stands to `config.train.steps` updates."""
     mesh = sharding.make_mesh(config)
-    _check_batch(config, mesh)
+    sharding.check_batch(config, mesh)
     runs.check_config(workdir, config)
+    profile = profiling.Profile(workdir / "profile", PROFILE_STEPS.value, config.train.steps)
     corpus = load_corpus(config)
     windows = Windows(corpus.train, config.train.length, config.train.seed)
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
-    train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
+    train_step = training.jit_train_step(config, graphdef, abstract_state)
     eval_step = jax.jit(training.make_eval_step(config, graphdef))
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
@@ -48,6 +51,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         first = int(state.step)
         if first > config.train.steps:
             raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
+        profile.check(first)
         runs.save_config(workdir, config)
         log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
         print(
@@ -59,7 +63,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
         size, parts = config.train.batch_size, config.train.accumulation
         batch_sharding = sharding.batch_sharding(mesh, leading=1)
-        last_logged, last_time = first, time.perf_counter()
+        stack.enter_context(contextlib.closing(profile))
+        meter = throughput.Meter(
+            size * config.train.length,
+            throughput.update_flops(config, corpus.tokenizer.vocab_size),
+            devices.total_flops(config.model.dtype),
+        )
+        stack.enter_context(contextlib.closing(meter))
+        train_step, eval_step = meter.compiled(train_step), meter.compiled(eval_step)
         progress = tqdm(
             range(first + 1, config.train.steps + 1),
             initial=first,
@@ -68,8 +79,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
             mininterval=runs.PROGRESS_INTERVAL,
         )
         for step in progress:
-            tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
-            state, metrics = train_step(state, jax.device_put(tokens, batch_sharding))
+            profile.before(step)
+            with meter.input():
+                tokens = windows.batch(position, size).reshape(parts, size // parts, -1)
+                tokens = jax.device_put(tokens, batch_sharding)
+            state, metrics = train_step(state, tokens)
+            meter.updated(metrics["loss"])
+            profile.after(step, metrics["loss"])
             position += size
 
             last = step == config.train.steps
@@ -83,16 +99,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
                         f"in {workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir"
                     )
             if validate or last or step % config.log.every == 0:
-                now = time.perf_counter()
-                metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
                 if validate:
-                    metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
+                    with meter.pause("validation"):
+                        metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
+                metrics |= meter.line()
                 log.write(step, metrics)
                 shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
                 progress.set_postfix(shown, refresh=False)
-                last_logged, last_time = step, time.perf_counter()
             if save:
-                checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
+                with meter.pause("checkpoint"):
+                    checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
 
 
 def compare(config: ConfigDict, workdir: Path) -> None:
@@ -119,6 +135,10 @@ def compare(config: ConfigDict, workdir: Path) -> None:
 def main() -> None:
     config = CONFIG.value
     _check_counts(config)
+    plan.check_flags()
+    if plan.COMPILE_ONLY.value:
+        plan.main(config)
+        return
     filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
     if config.compare.methods:
@@ -152,15 +172,6 @@ def _check_counts(config: ConfigDict) -> None:
             "eval.windows": (config.eval.windows, 1),
         }
     )
-
-
-def _check_batch(config: ConfigDict, mesh) -> None:
-    parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % parts:
-        raise UserError(
-            f"train.batch_size {config.train.batch_size} must be a multiple of {parts}: train.accumulation "
-            f"{config.train.accumulation} x mesh data {mesh.shape['data']} x mesh fsdp {mesh.shape['fsdp']}"
-        )
 
 
 if __name__ == "__main__":

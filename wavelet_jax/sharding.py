@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from wavelet_jax import devices
 from wavelet_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -25,21 +26,31 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `config.mesh` over all devices. Raises `UserError` where the sizes do not fit them."""
+    """The mesh of `config.mesh` over `devices.current()`. Raises `UserError` where the sizes do not fit them."""
     sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-    devices = jax.device_count()
+    count = devices.count()
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh sizes must be positive, with -1 at most once: {shown}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (fixed != devices and -1 not in sizes.values()):
+    if count % fixed or (fixed != count and -1 not in sizes.values()):
         wanted = f"a multiple of {fixed}" if -1 in sizes.values() else fixed
-        raise UserError(f"mesh {shown} takes {wanted} devices; there are {devices}")
-    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
+        raise UserError(f"mesh {shown} takes {wanted} devices; there are {count}")
+    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
     if config.model.num_kv_heads % shape[-1]:
         raise UserError(f"mesh.tensor {shape[-1]} must divide model.num_kv_heads {config.model.num_kv_heads}")
     # Auto: the compiler places what no rule names. The default, Explicit, is refused by embedding look-ups.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices.current())
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` where a batch cannot be cut evenly over the mesh."""
+    parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} must be a multiple of {parts}: train.accumulation "
+            f"{config.train.accumulation} x mesh data {mesh.shape['data']} x mesh fsdp {mesh.shape['fsdp']}"
+        )
 
 
 def path_of(key_path: tuple) -> str:

@@ -78,7 +78,9 @@ def token_losses(model: Decoder, hidden_BxTxE: jax.Array, targets_BxT: jax.Array
 
     def losses(hidden_and_targets) -> jax.Array:
         hidden, targets = hidden_and_targets
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
+        logits = model.logits(hidden)
+        with jax.named_scope("loss"):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     batch, length = targets_BxT.shape
     steps = max(1, chunk // batch) if chunk else length
@@ -166,6 +168,12 @@ def make_train_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[Sta
         return State(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def jit_train_step(config: ConfigDict, graphdef: nnx.GraphDef, abstract_state: State) -> Callable:
+    """`make_train_step` as it runs: the new state takes the old one's memory, and lies on the mesh as that did."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(make_train_step(config, graphdef), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[[dict, jax.Array], jax.Array]:
