@@ -1,5 +1,6 @@
 """What the sums of a run say: FLOPs against a count of the program's products, seconds against a clock of ours."""
 
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -56,10 +57,14 @@ def test_model_flops_are_the_products_of_the_train_step(changes):
 def test_parameters_of_llama_2_7b():
     """6,738,415,616 is what Meta's model of this shape has. Norms and looked-up embeddings are no products."""
     config = llama2_7b.get_config()
-    config.mesh.fsdp = 1
-    _, abstract_state = training.shapes(config, 32000, sharding.make_mesh(config))
-    count = training.count_parameters(abstract_state.params)
+    counts = []
+    for layers in (1, 2):  # the others are alike, and 32 take long
+        config.model.num_layers = layers
+        _, abstract_state = training.shapes(config, 32000, sharding.make_mesh(config))
+        counts.append(training.count_parameters(abstract_state.params))
+    count = counts[0] + 31 * (counts[1] - counts[0])
     assert count == 6_738_415_616
+    config.model.num_layers = 32
     assert throughput.matrix_parameters(config, 32000) == count - 32000 * 4096 - (2 * 32 + 1) * 4096
 
 
@@ -84,7 +89,8 @@ def test_seconds_go_where_they_went():
         meter.updated(results[-1])
 
     def done():
-        results[-1].there.set()
+        for result in results:
+            result.there.set()
         while not meter._last.done():
             time.sleep(1e-3)
 
@@ -132,10 +138,10 @@ def test_seconds_go_where_they_went():
         now = 22.0  # since the checkpoint nothing runs
     update()
     now = 24.0
+    done()
     line = meter.line()
     assert (line["checkpoint_share"], line["input_share"], line["compile_share"]) == (0.25, 0.25, 0)
     assert line["tokens_per_second"] == pytest.approx(100 / 3)
-    results[-1].there.set()
     meter.close()
 
 
@@ -177,31 +183,36 @@ def test_peaks(monkeypatch):
 
 # -- labels and traces ------------------------------------------------------------------------------------------------
 
-LABELS = ("embedding", "block_0/attention", "block_1/feed_forward", "final_norm", "head", "loss", "optimizer")
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as conftest's quick_jit
+LABELS = ("embedding", "block_0/attention", "block_0/feed_forward", "final_norm", "head", "loss", "optimizer")
 
 
 @pytest.fixture(scope="module")
 def program():
     """The compiled train step of the smoke model, with its state and a batch."""
     config = smoke.get_config("wavelet")
+    config.model.num_layers = 1
     config.train.update(length=32, batch_size=4)
     mesh = sharding.make_mesh(config)
-    graphdef, state, abstract_state = training.init(config, 257, mesh)
+    graphdef, abstract_state = training.shapes(config, 257, mesh)
+    state = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding), abstract_state)
     tokens = jax.device_put(np.zeros((1, 4, 33), np.int32), sharding.batch_sharding(mesh, leading=1))
-    return training.jit_train_step(config, graphdef, abstract_state).lower(state, tokens).compile(), state, tokens
+    lowered = training.jit_train_step(config, graphdef, abstract_state).lower(state, tokens)
+    return lowered.compile(QUICK), state, tokens
 
 
 def test_the_compiled_step_has_the_labels_of_its_parts(program):
-    import re
-
     instructions = [line for line in program[0].as_text().splitlines() if "op_name=" in line]
-    names = [re.search(r'op_name="([^"]*)"', line).group(1) for line in instructions]
+    found = [re.search(r'op_name="([^"]*)"', line).group(1) for line in instructions]
+    names = [re.sub(r"jvp\(|\)", "", name) for name in found]  # jit(train_step)/transpose(jvp(block_0))/attention/..
     for label in LABELS:
         assert any(label in name for name in names), label
     for label in LABELS[:-1]:
-        assert any(label in name and "transpose(" in name for name in names), f"the gradient of {label}"
-    products = [name for line, name in zip(instructions, names, strict=True) if re.search(r"= \S+ (dot|convolution)\(", line)]
-    assert len(products) > 20
+        assert any(f"transpose({label}" in name for name in names), f"the gradient of {label}"
+    products = [
+        name for line, name in zip(instructions, names, strict=True) if re.search(r"= \S+ (dot|convolution)\(", line)
+    ]
+    assert len(products) >= 3 * (4 + 3 + 2 + 1), "projections, feed-forward, attention, head: forward and 2 backward"
     assert all(any(label in name for label in ("block_", "head")) for name in products), products
 
 
@@ -218,7 +229,7 @@ def test_a_trace_holds_the_labels(program, tmp_path):
     [trace] = (tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
     content = trace.read_bytes()
     for label in LABELS:
-        assert label.encode() in content, label
+        assert re.search(label.replace("/", r"\)*/").encode(), content), label  # jvp(block_0)/attention
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,26 @@ PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
 }
 
+# Bytes that a TPU's compiler lets a program have, of the 32, 16, 95, 32 and 96 GiB of a device: from the message of
+# libtpu 0.0.42.1 to a program that is too large.
+TPU_MEMORY = {
+    "TPU v4": int(30.75 * 2**30),
+    "TPU v5 lite": int(15.75 * 2**30),
+    "TPU v5": int(95.74 * 2**30),
+    "TPU v5p": int(95.74 * 2**30),
+    "TPU v6 lite": int(31.25 * 2**30),
+    "TPU7x": int(94.75 * 2**30),
+}
+
+# What libtpu is told of the machine that it compiles on: to look for no TPU there, which takes minutes of questions to
+# Google's metadata server and gives warnings, and to leave the lock of a TPU that is there to those that compute on it.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 _target: contextvars.ContextVar[list[jax.Device] | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -72,20 +92,22 @@ def topology(name: str) -> list[jax.Device]:
     Call it before anything asks JAX for its devices: JAX is told to leave those at hand alone.
 
     Raises:
-      UserError: libtpu is not installed or held by another process, or knows no such slice.
+      UserError: libtpu is not installed, or knows no such slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--topology needs the TPU's compiler, libtpu: pip install 'wavelet-jax[tpu]'")
-    # libtpu would look for a TPU on this machine, and ask Google's metadata server for minutes where there is none.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    # Jobs on a v4 see its two cores as one device; libtpu's own choice here would be two.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(name, "tpu").devices)
+        return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--topology={name} cannot be had ({reason}): name a slice such as v5e:16x16, v5p:4x4x4") from error
+        raise UserError(f"--topology={name} is no slice ({reason}): there are v5e:16x16, v5p:4x4x4") from error
 
 
 def limit(device: jax.Device) -> int | None:

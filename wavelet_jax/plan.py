@@ -10,7 +10,6 @@ formula; the time is an estimate from FLOPs and a utilisation that you state.
 import dataclasses
 import itertools
 import re
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,8 +27,12 @@ from wavelet_jax.errors import UserError
 
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "compile the train step, say what it takes, and do no more")
 TOPOLOGY = flags.DEFINE_string("topology", None, "with --compile_only: a TPU slice to compile for, such as v5e:16x16")
-UTILISATION = flags.DEFINE_float("utilisation", 0.4, "with --compile_only: of the devices' peak, for the time's estimate")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "with --compile_only: instead of what the config's tokenizer says")
+UTILISATION = flags.DEFINE_float(
+    "utilisation", 0.4, "with --compile_only: of the devices' peak, for the time's estimate"
+)
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", None, "with --compile_only: instead of what the config's tokenizer says"
+)
 
 MORE_CHIPS = 64  # times as many are the most that are thought of
 
@@ -39,6 +42,7 @@ class Usage:
     """Bytes on one device of a compiled train step, and what else the compiler says of it.
 
     Attributes:
+      count: the model's parameters, of all devices together.
       parameters, optimizer: their shards.
       other: of arguments and results: tokens, metrics, padding.
       temporaries: the most that is held at a time of activations, gradients and all that is computed on the way.
@@ -48,6 +52,7 @@ class Usage:
       refused: whether the compiler found no room; its sum is then in `temporaries`, whatever it is made of.
     """
 
+    count: int
     parameters: int
     optimizer: int
     other: int
@@ -115,6 +120,7 @@ def compiled(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Usage:
     parts = config.train.accumulation
     shape = (parts, config.train.batch_size // parts, config.train.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, leading=1))
+    count = training.count_parameters(abstract_state.params)
     parameters, optimizer = _shard_bytes(abstract_state.params), _shard_bytes(abstract_state.opt_state)
     step = training.jit_train_step(config, graphdef, abstract_state)
     start = time.perf_counter()
@@ -125,11 +131,13 @@ def compiled(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Usage:
         if needed is None:
             raise
         seconds = time.perf_counter() - start
-        return Usage(parameters, optimizer, 0, needed - parameters - optimizer, 0, float("nan"), seconds, refused=True)
+        rest = needed - parameters - optimizer
+        return Usage(count, parameters, optimizer, 0, rest, 0, float("nan"), seconds, refused=True)
     seconds = time.perf_counter() - start
     found = program.memory_analysis()
     arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return Usage(
+        count,
         parameters,
         optimizer,
         max(0, arguments - parameters - optimizer),
@@ -141,8 +149,10 @@ def compiled(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Usage:
 
 
 def needed_by(message: str) -> int | None:
-    """Bytes that a TPU's compiler says a program needs where it finds no room: "Used 20.31G of 15.75G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    """Bytes that a TPU's compiler says a program needs where it finds no room, in either of its forms."""
+    amount = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {amount} of [\d.]+[KMGT]? hbm", message)
+    found = found or re.search(rf"total memory required for HLO temporaries \({amount}\)", message)
     return found and round(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))
 
 
@@ -225,12 +235,10 @@ def table(
 ) -> str:
     """The plan as text."""
     windows, length = config.train.batch_size, config.train.length
-    _, abstract_state = training.shapes(config, vocab_size, mesh)
-    count = training.count_parameters(abstract_state.params)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [
         f"{title}: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
-        f"{config.position.method}, {count:,} parameters ({vocab_size:,} words), {windows:,} windows of {length:,} "
+        f"{config.position.method}, {usage.count:,} parameters ({vocab_size:,} words), {windows:,} windows of {length:,} "
         f"tokens an update, compiled in {usage.seconds:.0f} s",
         "",
         "bytes a device",
@@ -258,7 +266,8 @@ def table(
         "an update",
         f"  {'model FLOPs':18}{flops:>12.2e}  6 N T and causal attention; nothing that is computed twice",
         f"  {'compiler FLOPs':18}{compiler:>12}  of all devices; the body of a loop counts once",
-        f"  {'seconds':18}{seconds:>12.3g}  estimated, at {utilisation:.0%} of {peak / 1e12:,.3g} TFLOP/s a device ({whose})",
+        f"  {'seconds':18}{seconds:>12.3g}  estimated, at {utilisation:.0%} of {peak / 1e12:,.4g} TFLOP/s a device "
+        f"({whose})",
         f"  {'tokens a second':18}{windows * length / seconds:>12,.0f}  estimated; "
         f"{config.train.steps:,} updates would take {_duration(config.train.steps * seconds)}",
     ]

@@ -26,9 +26,9 @@ def update_flops(config: ConfigDict, vocab_size: int) -> float:
     """FLOPs that one update of the model needs: those by which model FLOPs utilisation (MFU) is stated.
 
     6 N T for T tokens and the N of `matrix_parameters` (2 forward, 4 backward), and 12 H D a layer for every pair of a
-    query and a key that it sees, L (L + 1) / 2 a window of L: two products of D, three times. As Chowdhery et al. (PaLM,
-    arXiv 2204.02311, appendix B), but that they count all L^2 pairs, of which causal attention needs half. Not counted,
-    since the model does not ask for it: position terms, recomputation (`model.remat`, tiles), the optimizer.
+    query and a key that it sees, L (L + 1) / 2 a window of L: two products of D, three times. As Chowdhery et al.
+    (PaLM, arXiv 2204.02311, appendix B), but that they count all L^2 pairs, of which causal attention needs half. Not
+    counted, since the model does not ask for it: position terms, recomputation (`model.remat`, tiles), the optimizer.
     """
     windows, length = config.train.batch_size, config.train.length
     pairs = windows * length * (length + 1) / 2
