@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from configs import smoke
 from configs.paper import llama2_7b
-from wavelet_jax import devices, plan, positions, sharding, training
+from wavelet_jax import devices, memory, plan, positions, sharding, training
 from wavelet_jax.errors import UserError
 
 GiB = 2**30
@@ -22,6 +22,14 @@ def run(*arguments: str, count: int = 1, **environment: str) -> subprocess.Compl
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", **environment}
     command = [sys.executable, str(ROOT / "train.py"), "--compile_only", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The bytes of arrays are not changed by XLA's optimizations of small programs, which take half of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +79,20 @@ def test_time_is_flops_over_peak(planned, monkeypatch):
 
 
 def test_advice_is_tried(planned):
-    """Every line's flags, set anew, give the bytes that the line says; the last one fits."""
+    """The last line's flags, set anew, give the bytes that the line says, and those fit."""
     config, _, usage = planned
-    limit = round(LIMIT * usage.total)
+    limit = round(0.88 * usage.total)
     lines = list(plan.remedies(config, 257, usage, limit))
     assert len(lines) == 2
-    for line in lines:
-        flags, said = re.fullmatch(r"(.*): (.* a device, .*fits?) \(compiled, \d+ s\)", line).groups()
-        again = config.copy_and_resolve_references()
-        pairs = dict(flag.removeprefix("--config.").split("=") for flag in flags.split())
-        again.update_from_flattened_dict({key: int(v) if v.isdigit() else v for key, v in pairs.items()})
-        total = plan.compiled(again, 257, sharding.make_mesh(again)).total
-        fits = total <= limit
-        assert said == f"{plan.memory.shown(total)} a device, {'fits' if fits else 'does not fit'}"
-        assert fits == (line == lines[-1])
-    assert "--config.train.logits_chunk=1024" in lines[0]
+    assert re.match(r"--config.train.logits_chunk=1024: \d+ MiB a device, does not fit \(compiled, \d+ s\)", lines[0])
+    flags, said = re.fullmatch(r"(.*): (\d+ MiB) a device, fits \(compiled, \d+ s\)", lines[1]).groups()
+    assert flags == "--config.train.logits_chunk=1024 --config.model.remat=block"
+    again = config.copy_and_resolve_references()
+    again.train.logits_chunk = 1024
+    again.model.remat = "block"
+    total = plan.compiled(again, 257, sharding.make_mesh(again)).total
+    assert said == memory.shown(total)
+    assert total <= limit
 
 
 def test_where_no_change_helps_more_devices_are_estimated(planned):
@@ -166,7 +173,7 @@ def test_a_batch_that_cannot_be_cut_is_refused():
     config = smoke.get_config()
     config.train.accumulation = 3
     with pytest.raises(
-        UserError, match="train.batch_size 8 must be a multiple of 3: train.accumulation 3 x mesh data 1"
+        UserError, match=r"train.batch_size 8 must be a multiple of 3: train.accumulation 3 x mesh data 1"
     ):
         sharding.check_batch(config, sharding.make_mesh(config))
 

@@ -120,7 +120,7 @@ def compiled(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Usage:
     parts = config.train.accumulation
     shape = (parts, config.train.batch_size // parts, config.train.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, leading=1))
-    count = training.count_parameters(abstract_state.params)
+    count = int(training.count_parameters(abstract_state.params))
     parameters, optimizer = _shard_bytes(abstract_state.params), _shard_bytes(abstract_state.opt_state)
     step = training.jit_train_step(config, graphdef, abstract_state)
     start = time.perf_counter()
@@ -238,8 +238,8 @@ def table(
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [
         f"{title}: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
-        f"{config.position.method}, {usage.count:,} parameters ({vocab_size:,} words), {windows:,} windows of {length:,} "
-        f"tokens an update, compiled in {usage.seconds:.0f} s",
+        f"{config.position.method}, {usage.count:,} parameters ({vocab_size:,} words), {windows:,} windows of "
+        f"{length:,} tokens an update, compiled in {usage.seconds:.0f} s",
         "",
         "bytes a device",
     ]
