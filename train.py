@@ -3,6 +3,8 @@
     python train.py                                                              the quickstart comparison
     python train.py --config=configs/wikitext2.py:rope --workdir=runs/rope       one run
     python train.py ... --config.train.steps=2000                                any key of configs/default.py
+    python train.py ... --compile_only --topology=v5e:16x16                      what it will take (wavelet_jax/plan.py)
+    python train.py ... --profile_steps=100:105                                  a trace (wavelet_jax/profiling.py)
 
 A run that was stopped goes on when the same command is given again, to the same losses.
 
@@ -13,7 +15,6 @@ and saved. A second signal ends the process at once, with the same code.
 
 import contextlib
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -22,26 +23,42 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, cli, evaluation, guards, processes, runs, sharding, stopping, training
+from wavelet_jax import (
+    checkpoint,
+    cli,
+    devices,
+    evaluation,
+    guards,
+    plan,
+    processes,
+    profiling,
+    runs,
+    sharding,
+    stopping,
+    throughput,
+    training,
+)
 from wavelet_jax.data import Windows, check_packing, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parent / "configs" / "quickstart.py"), "what to train: FILE.py[:variant]"
 )
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "START:STOP, updates to trace into WORKDIR/profile")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and the config file's name if left out")
 
 
 def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
     """One run, from wherever its directory stands to `config.train.steps` updates, or to a signal."""
     mesh = sharding.make_mesh(config)
-    _check_batch(config, mesh)
+    sharding.check_batch(config, mesh)
     runs.check_config(workdir, config)
+    profile = profiling.Profile(workdir / "profile", PROFILE_STEPS.value, config.train.steps)
     corpus = load_corpus(config)
     windows = train_windows(config, corpus)
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run, never packed
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)
-    train_step = jax.jit(training.make_train_step(config, graphdef, mesh), donate_argnums=0)
+    train_step = training.jit_train_step(config, graphdef, abstract_state, mesh)
     # Every process sees all losses of a validation batch.
     eval_step = jax.jit(training.make_eval_step(config, graphdef, mesh), out_shardings=sharding.everywhere(mesh))
 
@@ -52,6 +69,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
         first = int(state.step)
         if first > config.train.steps:
             raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
+        profile.check(first)
         manager = stack.enter_context(checkpoint.open_manager(workdir, config))
         log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
         guard = stack.enter_context(guards.Guard(config, workdir, log))
@@ -76,7 +94,14 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
 
         batches = read_ahead(batch, config.train.steps - first, config.data.prefetch)
         stack.enter_context(contextlib.closing(batches))
-        last_logged, last_time = first, time.perf_counter()
+        stack.enter_context(contextlib.closing(profile))
+        meter = throughput.Meter(
+            size * config.train.length,
+            throughput.update_flops(config, corpus.tokenizer.vocab_size),
+            devices.total_flops(config.model.dtype),
+        )
+        stack.enter_context(contextlib.closing(meter))
+        train_step, eval_step = meter.compiled(train_step), meter.compiled(eval_step)
         progress = tqdm(
             range(first + 1, config.train.steps + 1),
             initial=first,
@@ -86,7 +111,12 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
             mininterval=runs.PROGRESS_INTERVAL,
         )
         for step in progress:
-            state, metrics = train_step(state, next(batches))
+            profile.before(step)
+            with meter.input():
+                tokens = next(batches)
+            state, metrics = train_step(state, tokens)
+            meter.updated(metrics["loss"])
+            profile.after(step, metrics["loss"])
             position += size
 
             last = step == config.train.steps
@@ -97,17 +127,15 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
             guard.made(step, metrics, look=save or record)
             if record:
                 metrics = {name: float(value) for name, value in metrics.items()}
-                now = time.perf_counter()
-                metrics["tokens_per_second"] = (step - last_logged) * size * config.train.length / (now - last_time)
                 if validate:
-                    with guard.paused():
+                    with guard.paused(), meter.pause("validation"):
                         metrics["validation_loss"] = _validate(config, eval_step, state.params, validation, mesh)
+                metrics |= meter.line()
                 log.write(step, metrics)
                 shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
                 progress.set_postfix(shown, refresh=False)
-                last_logged, last_time = step, time.perf_counter()
             if save:
-                with guard.paused():
+                with guard.paused(), meter.pause("checkpoint"):
                     checkpoint.save(manager, state, windows=position, fingerprint=corpus.fingerprint)
             if stopping_here:
                 break
@@ -140,6 +168,10 @@ def main() -> None:
     config = CONFIG.value
     _check_counts(config)
     check_packing(config)  # tokenising may take long
+    plan.check_flags()
+    if plan.COMPILE_ONLY.value:
+        plan.main(config)
+        return
     filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
     with stopping.listen() as stop:
@@ -183,15 +215,6 @@ def _check_counts(config: ConfigDict) -> None:
             "eval.windows": (config.eval.windows, 1),
         }
     )
-
-
-def _check_batch(config: ConfigDict, mesh) -> None:
-    parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % parts:
-        raise UserError(
-            f"train.batch_size {config.train.batch_size} must be a multiple of {parts}: train.accumulation "
-            f"{config.train.accumulation} x mesh data {mesh.shape['data']} x mesh fsdp {mesh.shape['fsdp']}"
-        )
 
 
 if __name__ == "__main__":

@@ -265,7 +265,10 @@ class Decoder(nnx.Module):
                 cache = None if layers is None else layers[i]
                 x_BxTxE, new = run_block(block, x_BxTxE, self.position, segment_ids, cache, keys[i + 1])
                 new_layers.append(new)
-        return x_BxTxE if self.final_norm is None else self.final_norm(x_BxTxE), new_layers
+        if self.final_norm is not None:
+            with jax.named_scope("final_norm"):
+                x_BxTxE = self.final_norm(x_BxTxE)
+        return x_BxTxE, new_layers
 
 
 def _as_params(arrays: dict[str, jax.Array]) -> nnx.Dict:

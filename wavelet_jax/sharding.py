@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from wavelet_jax import devices
 from wavelet_jax.attention.sharded import divisors, zigzag
 from wavelet_jax.errors import UserError
 
@@ -34,13 +35,16 @@ ATTENTION_AXES = {"batch_axes": ("data", "fsdp"), "length_axis": "context", "hea
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `config.mesh` over all devices. Raises `UserError` where the sizes do not fit them, or the run."""
-    shape = mesh_shape(config, jax.device_count())
+    """The mesh of `config.mesh` over `devices.current()`. Raises `UserError` where sizes do not fit them, or the run."""
+    shape = mesh_shape(config, devices.count())
+    types = (AxisType.Auto,) * len(AXES)
     # Auto: the compiler places what no rule names. The default, Explicit, is refused by embedding look-ups.
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(
+        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices.current()
+    )
 
 
-def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
+def mesh_shape(config: ConfigDict, count: int) -> dict[str, int]:
     """{axis: size} for so many devices, in the order of `AXES`; errors as `make_mesh`."""
     sizes = {
         "data": config.mesh.data,
@@ -52,10 +56,10 @@ def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh sizes must be positive, with -1 at most once: {shown}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (fixed != devices and -1 not in sizes.values()):
+    if count % fixed or (fixed != count and -1 not in sizes.values()):
         wanted = f"a multiple of {fixed}" if -1 in sizes.values() else fixed
-        raise UserError(f"mesh {shown} takes {wanted} devices; there are {devices}")
-    shape = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+        raise UserError(f"mesh {shown} takes {wanted} devices; there are {count}")
+    shape = {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
     heads, tensor = config.model.num_kv_heads, shape["tensor"]
     if heads % tensor:  # and so, num_kv_heads dividing num_heads, those too
         raise UserError(
@@ -64,13 +68,23 @@ def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
     length, context = config.train.length, shape["context"]
     if context > 1 and length % (2 * context):
         below = length - length % (2 * context)
-        fits = [size for size in range(1, devices + 1) if size == 1 or length % (2 * size) == 0]
-        fits = ", ".join(str(size) for size in fits if devices % size == 0)
+        fits = [size for size in range(1, count + 1) if size == 1 or length % (2 * size) == 0]
+        fits = ", ".join(str(size) for size in fits if count % size == 0)
         raise UserError(
             f"mesh.context {context} does not divide train.length {length}, which each device holds two runs of: "
             f"train.length may be {f'{below} or ' if below else ''}{below + 2 * context}, or mesh.context {fits}"
         )
     return shape
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` where a batch cannot be cut evenly over the mesh."""
+    parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} must be a multiple of {parts}: train.accumulation "
+            f"{config.train.accumulation} x mesh data {mesh.shape['data']} x mesh fsdp {mesh.shape['fsdp']}"
+        )
 
 
 def path_of(key_path: tuple) -> str:

@@ -82,7 +82,9 @@ def token_losses(
 
     def losses(hidden_and_targets) -> jax.Array:
         hidden, targets = hidden_and_targets
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
+        logits = model.logits(hidden)
+        with jax.named_scope("loss"):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     # Chunks are cut along time, each out of the tokens of every device (P of them along the length): all work on all.
     (batch, length), parts = targets_BxT.shape, 1 if mesh is None else mesh.shape["context"]
@@ -228,6 +230,12 @@ def make_train_step(
         return after, metrics
 
     return train_step
+
+
+def jit_train_step(config: ConfigDict, graphdef: nnx.GraphDef, abstract_state: State, mesh: Mesh) -> Callable:
+    """`make_train_step` as it runs: the new state takes the old one's memory, and lies on the mesh as that did."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(make_train_step(config, graphdef, mesh), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from wavelet_jax import devices
 from wavelet_jax.positions.terms import Terms
 
 
@@ -57,4 +58,4 @@ def is_repeated() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     divided = mesh.manual_axes and set(mesh.manual_axes) == set(mesh.axis_names)
-    return jax.device_count() > 1 and not divided
+    return devices.count() > 1 and not divided

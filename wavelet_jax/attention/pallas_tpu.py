@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from wavelet_jax import devices
 from wavelet_jax.attention import prepared
 from wavelet_jax.attention.call import Call
 from wavelet_jax.attention.prepared import MASKED, Arrays, Kernel, Layout
@@ -48,8 +49,8 @@ def interpreted() -> Iterator[None]:
 
 def obstacles(call: Call) -> list[str]:
     """What the call would need to be for this backend to carry it; empty where it does."""
-    if jax.default_backend() != "tpu" and not _interpret.get():
-        return [f"a TPU (this process runs on {jax.default_backend()})"]
+    if devices.platform() != "tpu" and not _interpret.get():
+        return [f"a TPU (this program is for a {devices.platform()})"]
     found = []
     if jnp.dtype(call.dtype).name not in DTYPES:
         found.append(f"queries in {' or '.join(DTYPES)}")
