@@ -197,7 +197,7 @@ def program():
     graphdef, abstract_state = training.shapes(config, 257, mesh)
     state = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding), abstract_state)
     tokens = jax.device_put(np.zeros((1, 4, 33), np.int32), sharding.batch_sharding(mesh, leading=1))
-    lowered = training.jit_train_step(config, graphdef, abstract_state).lower(state, tokens)
+    lowered = training.jit_train_step(config, graphdef, abstract_state, mesh).lower(state, tokens)
     return lowered.compile(QUICK), state, tokens
 
 

@@ -35,13 +35,11 @@ ATTENTION_AXES = {"batch_axes": ("data", "fsdp"), "length_axis": "context", "hea
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `config.mesh` over `devices.current()`. Raises `UserError` where sizes do not fit them, or the run."""
+    """The mesh of `config.mesh` over `devices.current()`. Raises `UserError` where it does not fit them, or the run."""
     shape = mesh_shape(config, devices.count())
-    types = (AxisType.Auto,) * len(AXES)
     # Auto: the compiler places what no rule names. The default, Explicit, is refused by embedding look-ups.
-    return jax.make_mesh(
-        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices.current()
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices.current())
 
 
 def mesh_shape(config: ConfigDict, count: int) -> dict[str, int]:
