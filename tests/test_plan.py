@@ -49,10 +49,10 @@ def test_bytes_on_one_device(planned):
     assert (usage.count, usage.parameters) == (count, 4 * count)
     counters = 2 * 4  # of Adam's bias correction and of the schedule
     assert usage.optimizer == 8 * count + counters
-    tokens, step, metrics = 4 * 16 * 129, 4, 3 * 4
+    tokens, counts, metrics = 4 * 16 * 129, 3 * 4, 5 * 4  # updates, those skipped, those skipped in a row
     # Results are pointers beside their arrays, 8 bytes each.
-    results = len(jax.tree.leaves(abstract_state)) + 3
-    assert tokens + step + metrics <= usage.other <= tokens + step + metrics + 8 * (results + 2)
+    results = len(jax.tree.leaves(abstract_state)) + 5
+    assert tokens + counts + metrics <= usage.other <= tokens + counts + metrics + 8 * (results + 2)
     logits = 4 * 16 * 128 * 257
     assert 2 * logits < usage.temporaries < 100 * logits, "float32 logits and their gradient are there at once"
     assert usage.total == usage.parameters + usage.optimizer + usage.other + usage.temporaries + usage.program
@@ -129,7 +129,7 @@ def test_the_command_on_a_mesh_of_eight_devices(tmp_path):
     flags = [f"--workdir={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache", "--config.model.d_model=256"]
     ran = run(f"--config={ROOT}/configs/smoke.py:rope", *mesh, *flags, count=8)
     assert ran.returncode == 0, ran.stderr
-    assert "8 x cpu, mesh data 1 x fsdp 4 x tensor 2" in ran.stdout
+    assert "8 x cpu, mesh data 1 x fsdp 4 x context 1 x tensor 2" in ran.stdout
     # In two layers 4 projections of 256 x 32 and 3 of 256 x 64, split 8 ways, as is the embedding; 5 norms are whole.
     held = 4 * ((2 * (4 * 256 * 32 + 3 * 256 * 64) + 257 * 256) // 8 + 5 * 256)
     assert re.search(rf"parameters +{held / 2**20:,.0f} MiB", ran.stdout)
