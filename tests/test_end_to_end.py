@@ -252,7 +252,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(whole_runs, data_flags, tmp_
     script = f"""
         mount -t tmpfs -o size=2m tmpfs {disk} || exit 77
         {command} --config.train.steps=20 || exit 1
-        head -c 2m /dev/zero > {disk}/filler
+        head -c $(($(df --output=avail -B1 {disk} | tail -1) - 100000)) /dev/zero > {disk}/filler
         {command} --config.checkpoint.every=10
         echo ended $?
         cp -r {disk}/run {copied}
