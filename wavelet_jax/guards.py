@@ -64,7 +64,7 @@ class Guard:
     def _stop(self, step: int, metrics: dict[str, jax.Array], in_a_row: int) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         self._log.write(step, values)
-        skipped = f", the {in_a_row} before and this one skipped" if in_a_row > 1 else ""
+        skipped = f", after {in_a_row - 1} such updates in a row that were skipped" if in_a_row > 1 else ""
         raise UserError(
             f"update {step}: loss {values['loss']}, gradient norm {values['grad_norm']}{skipped}; the checkpoints "
             f"in {self._workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir, or a "
