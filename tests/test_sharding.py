@@ -48,10 +48,13 @@ for shape in shapes:
 
 ONE = {"data": -1}
 
-# Sums over devices are taken in another order, which rounds losses by some 2^-24 = 6e-8 of themselves, and gradients
-# likewise; Adam turns the sign of a gradient that is near 0 into a whole step, so that the difference grows with every
-# update: 2e-7 after 5 of them, 2e-6 after 20 (measured), here with room for another machine's sums.
-ROUNDING = 2e-5
+# Sums over devices are taken in another order, which rounds losses by a few 2^-24 = 6e-8 of themselves, and gradients
+# likewise; Adam divides these by the roots of small second moments, so that it grows a little with every update.
+# Measured over nine meshes: 1.6e-7 to 2.4e-7 at the first update, at most 6.3e-7 within 20; here eight times that, for
+# the sums of other machines.
+ROUNDING = 5e-6
+# One target's loss is no mean over 1,024 of them, in which such errors cancel: at most 2.0e-6 (measured).
+TARGET_ROUNDING = 1.6e-5
 
 
 def losses(devices: int, method: str, steps: int, dropout: float, *shapes: dict[str, int]) -> list[dict]:
@@ -69,8 +72,8 @@ def compare(method: str, steps: int, dropout: float, *shapes: dict[str, int]) ->
     assert one["losses"][-1] < one["losses"][0]
     for shape, run in zip(shapes, runs, strict=True):
         np.testing.assert_allclose(run["losses"], one["losses"], rtol=ROUNDING, err_msg=str(shape))
-        # Targets have losses of their own size, and stand in their own order.
-        np.testing.assert_allclose(run["by_token"], one["by_token"], rtol=100 * ROUNDING, err_msg=str(shape))
+        # Losses of targets differ by far more than this: they stand in the order of the text.
+        np.testing.assert_allclose(run["by_token"], one["by_token"], rtol=TARGET_ROUNDING, err_msg=str(shape))
     return [run["held"] for run in runs]
 
 
