@@ -16,13 +16,9 @@ BASH = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
 YAML = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-# INTEGRATOR: of wavelet_jax/processes.py, which is built beside this page; remove them when it is merged.
-PENDING = {"coordinator", "num_processes", "process_id", "distributed"}
-
-
 def flags() -> set[str]:
     """Names of all flags that the code defines, and of absl's negated ones."""
-    found = set(PENDING)
+    found = set()
     for path in [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "wavelet_jax").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or ".DEFINE" not in (name := ast.unparse(node.func)):

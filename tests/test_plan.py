@@ -203,7 +203,7 @@ def test_the_command_for_a_pod_that_is_not_there(tmp_path):
     mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     ran = run(*config, *mesh, "--topology=v5e:2x2")
     assert ran.returncode == 0, ran.stderr
-    assert "v5e:2x2: 4 x TPU v5 lite, mesh data 1 x fsdp 2 x tensor 2" in ran.stdout
+    assert "v5e:2x2: 4 x TPU v5 lite, mesh data 1 x fsdp 2 x context 1 x tensor 2" in ran.stdout
     assert "at 40% of 197 TFLOP/s a device" in ran.stdout
     assert "it fits" in ran.stdout
 
