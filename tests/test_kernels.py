@@ -248,7 +248,7 @@ def test_named_kernels_refuse_what_they_cannot_carry():
         terms = positions.make(name, num_heads=4, head_dim=query.shape[-1]).terms({})
         attention(query, key.astype(query.dtype), value, terms, backend="pallas_tpu", **options)
 
-    with pytest.raises(UserError, match=r"the pallas_tpu backend needs a TPU \(this process runs on cpu\)"):
+    with pytest.raises(UserError, match=r"the pallas_tpu backend needs a TPU \(this program is for a cpu\)"):
         call()
     with pallas_tpu.interpreted():
         with pytest.raises(UserError, match="needs a position method without a bias: use backend='auto'"):

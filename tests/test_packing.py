@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, quick_jit
 from flax import nnx
 
-from wavelet_jax import runs, sharding, training
+from wavelet_jax import runs, sharding, stopping, training
 from wavelet_jax.data import Windows, read_ahead, train_windows
 from wavelet_jax.data.corpus import Corpus
 from wavelet_jax.errors import UserError
@@ -218,6 +218,7 @@ def test_packed_update_on_eight_devices():
     assert one[-1] < one[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module")  # by which ml_collections reads the command's default config
 def test_packed_run_goes_on_to_the_same_losses(small_config, tmp_path):
     """Bit for bit, with other numbers of threads and of batches made ahead."""
@@ -229,7 +230,8 @@ def test_packed_run_goes_on_to_the_same_losses(small_config, tmp_path):
 
     def losses(workdir: str, *lives: tuple[int, int, int]) -> list[tuple]:
         for config.train.steps, config.data.prefetch, config.data.threads in lives:
-            train.train(config, tmp_path / workdir)
+            with stopping.listen() as stop:
+                train.train(config, tmp_path / workdir, stop)
         return [(line["step"], line["loss"], line["grad_norm"]) for line in runs.read_metrics(tmp_path / workdir)]
 
     whole, joined = losses("whole", (9, 2, 8)), losses("joined", (4, 0, 1), (9, 5, 3))

@@ -159,6 +159,7 @@ def test_gradients_are_clipped_by_their_global_norm(small_config):
     np.testing.assert_allclose(mu["b"], 0.1 * 4.0 * 0.5 / norm, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_linear_in_length(small_config):
     """With rematerialisation and tiles: four times the tokens take four times the memory, and not sixteen."""
     config = small_config()
