@@ -48,12 +48,12 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "START:STOP, updates 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and the config file's name if left out")
 
 
-def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
+def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps: str | None = None) -> None:
     """One run, from wherever its directory stands to `config.train.steps` updates, or to a signal."""
     mesh = sharding.make_mesh(config)
     sharding.check_batch(config, mesh)
     runs.check_config(workdir, config)
-    profile = profiling.Profile(workdir / "profile", PROFILE_STEPS.value, config.train.steps)
+    profile = profiling.Profile(workdir / "profile", profile_steps, config.train.steps)
     corpus = load_corpus(config)
     windows = train_windows(config, corpus)
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run, never packed
@@ -143,7 +143,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
     stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command goes on")
 
 
-def compare(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
+def compare(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps: str | None) -> None:
     """Trains every method of `config.compare.methods` in turn, then evaluates them together."""
     methods = config.compare.methods
     if not all(isinstance(method, str) for method in methods):
@@ -160,7 +160,7 @@ def compare(config: ConfigDict, workdir: Path, stop: stopping.Stop) -> None:
     for each, directory in zip(configs, workdirs, strict=True):
         runs.check_config(directory, each)
     for each, directory in zip(configs, workdirs, strict=True):
-        train(each, directory, stop)
+        train(each, directory, stop, profile_steps)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
 
 
@@ -176,9 +176,9 @@ def main() -> None:
     workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
     with stopping.listen() as stop:
         if config.compare.methods:
-            compare(config, workdir, stop)
+            compare(config, workdir, stop, PROFILE_STEPS.value)
         else:
-            train(config, workdir, stop)
+            train(config, workdir, stop, PROFILE_STEPS.value)
 
 
 def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
