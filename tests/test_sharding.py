@@ -77,6 +77,7 @@ def compare(method: str, steps: int, dropout: float, *shapes: dict[str, int]) ->
     return [run["held"] for run in runs]
 
 
+@pytest.mark.slow
 def test_a_mixed_mesh_computes_what_one_device_does():
     (held,) = compare("wavelet", 3, 0.0, {"data": -1, "fsdp": 2, "context": 2, "tensor": 2})
     assert held < 0.5
