@@ -86,11 +86,8 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
 
         def batch(number: int) -> jax.Array:
             """Of the update that comes after `number` others."""
-
-            def read(first: int, count: int) -> np.ndarray:
-                return windows.batch(start + number * size + first, count)
-
-            return sharding.load_batch(read, training.batch_shape(config), mesh, leading=1)
+            shape = training.batch_shape(config)
+            return sharding.load_batch(windows.batch, start + number * size, shape, mesh, leading=1)
 
         batches = read_ahead(batch, config.train.steps - first, config.data.prefetch)
         stack.enter_context(contextlib.closing(batches))
@@ -184,14 +181,10 @@ def main() -> None:
 def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) -> float:
     """Mean loss over the same `config.eval.windows` validation windows each time, or all where there are fewer."""
     count, size = min(config.eval.windows, validation.num_windows), config.train.batch_size
-    losses = []
-    for start in range(0, count, size):  # batches are whole, for the mesh; windows past `count` are not counted
-
-        def read(first: int, rows: int, start: int = start) -> np.ndarray:
-            return validation.batch(start + first, rows)
-
-        tokens = sharding.load_batch(read, (size, config.train.length + 1), mesh)
-        losses.append(np.asarray(eval_step(params, tokens)))
+    shape = (size, config.train.length + 1)
+    # Batches are whole, for the mesh; windows past `count` are not counted.
+    batches = (sharding.load_batch(validation.batch, start, shape, mesh) for start in range(0, count, size))
+    losses = [np.asarray(eval_step(params, batch)) for batch in batches]
     return float(np.concatenate(losses)[:count].mean(dtype=np.float64))
 
 

@@ -23,7 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from wavelet_jax import checksums
+from wavelet_jax import checksums, processes
 from wavelet_jax.errors import UserError
 from wavelet_jax.training import State
 
@@ -101,7 +101,7 @@ def restore(workdir: Path, abstract_state: State, *, fingerprint: str) -> tuple[
     """
     folder = _folder(workdir)
     step, damaged = _newest_sound(folder)
-    if jax.process_index() == 0:
+    if processes.is_first():
         for unfinished in folder.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(unfinished)
         for number in damaged:
@@ -148,7 +148,7 @@ def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
     The first is None where there has been no checkpoint. Process 0 reads the files, and all have its answer.
     """
     reasons, sound, failed = {}, None, False
-    if jax.process_index() == 0:
+    if processes.is_first():
         for step in sorted(_steps(folder), reverse=True):
             reasons[step] = checksums.damage(folder / str(step))
             if reasons[step] is None:
@@ -163,7 +163,7 @@ def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
         sound, failed = None if answer[0] < 0 else int(answer[0]), bool(answer[1])
     if failed:
         tried = [f"{step} ({reason})" for step, reason in reasons.items()]
-        tried += [f"{name} (set aside before)" for name in aside] if jax.process_index() == 0 else ["see process 0"]
+        tried += [f"{name} (set aside before)" for name in aside] if processes.is_first() else ["see process 0"]
         raise UserError(
             f"no checkpoint in {folder} can be read: {', '.join(tried)}; bring one back, or use a new workdir "
             f"(one that was saved before there were checksums: `write` in wavelet_jax/checksums.py vouches for it)"
@@ -212,7 +212,7 @@ def _settle(manager: ocp.CheckpointManager) -> str | None:
 def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
     """Removes what a failed save has written, on a disk that may be full, and says what failed."""
     folder = Path(manager.directory)
-    if jax.process_index() == 0:
+    if processes.is_first():
         for unfinished in folder.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
     manager.reload()  # it counts the failed one as saved, and those that were to go for it as gone

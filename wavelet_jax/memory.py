@@ -10,8 +10,8 @@ import jax
 def available() -> tuple[int, str]:
     """Bytes that programs can have, and what has them, in words.
 
-    That of all devices together, since what is split over them is not known while tracing; that of the machine where
-    the devices do not say (CPUs).
+    That of all devices of this process together, since what is split over them is not known while tracing; that of the
+    machine where the devices do not say (CPUs).
     """
     if not _devices_say():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"

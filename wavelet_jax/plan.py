@@ -168,7 +168,7 @@ def _shard_bytes(tree: Any) -> int:
 
 def changes(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
     """Changes of keys that save memory, each with those before it: those that cost the least time come first."""
-    batch_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_devices = sharding.batch_devices(mesh)
     config = config.copy_and_resolve_references()
     tokens = config.train.batch_size // config.train.accumulation * config.train.length
     chunk = 1024 * batch_devices  # tokens a device whose products still fill it
@@ -207,7 +207,7 @@ def remedies(config: ConfigDict, vocab_size: int, usage: Usage, limit: int) -> I
 def more_chips(config: ConfigDict, mesh: Mesh, usage: Usage, limit: int) -> str:
     """By how many more devices it might fit, by a formula: the state is split over all of them, and activations are
     as long as there are windows to split."""
-    windows = config.train.batch_size // (config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"])
+    windows = config.train.batch_size // (config.train.accumulation * sharding.batch_devices(mesh))
     state = usage.parameters + usage.optimizer
     for times in itertools.takewhile(lambda times: times <= MORE_CHIPS, (2**i for i in itertools.count(1))):
         total = state / times + (usage.total - state) / min(times, windows)

@@ -125,7 +125,7 @@ def build(
     tokens = jax.ShapeDtypeStruct((batch_size, chunk + 1), jnp.int32)
     if chunk == length:
         # Where its blocks come out even over the devices, each computes its share; else what the compiler makes of it.
-        divided = mesh if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        divided = mesh if batch_size % sharding.batch_devices(mesh) == 0 else None
         eval_step = jax.jit(training.make_eval_step(config, graphdef, divided), out_shardings=everywhere)
         step = eval_step.lower(abstract_params, tokens).compile()
         return Program(batch_size, length, chunk, step, None, 0, time.perf_counter() - begin)

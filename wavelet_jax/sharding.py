@@ -75,9 +75,14 @@ def mesh_shape(config: ConfigDict, count: int) -> dict[str, int]:
     return shape
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Raises `UserError` where a batch cannot be cut evenly over the mesh."""
-    parts = config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.train.accumulation * batch_devices(mesh)
     if config.train.batch_size % parts:
         raise UserError(
             f"train.batch_size {config.train.batch_size} must be a multiple of {parts}: train.accumulation "
@@ -122,25 +127,26 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def load_batch(
-    read: Callable[[int, int], np.ndarray], shape: tuple[int, ...], mesh: Mesh, leading: int = 0
+    read: Callable[[int, int], np.ndarray], start: int, shape: tuple[int, ...], mesh: Mesh, leading: int = 0
 ) -> jax.Array:
     """Windows as one array over all processes, int32; each process reads those that its own devices hold.
 
     Args:
-      read: (first, count) -> windows number first .. first + count - 1 of the batch, [count, ..].
+      read: (first, count) -> windows number first .. first + count - 1, [count, ..], such as `data.Windows.batch`.
+      start: number of the batch's first window.
       shape: (rows, ..), or with 1 leading dimension (parts, rows, ..): window (part, row) is then number
-        part * rows + row. Rows are split as `batch_sharding` says; their numbers are the same however many processes
-        and devices there are.
+        start + part * rows + row. Rows are split as `batch_sharding` says; their numbers are the same however many
+        processes and devices there are.
     """
     *parts, rows = shape[: leading + 1]
     seen = {}  # devices along axes that do not split rows hold the same ones
 
     def held(index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[leading].indices(rows)
-        if start not in seen:
-            windows = [read(part * rows + start, stop - start) for part in range(math.prod(parts))]
-            seen[start] = np.concatenate(windows).reshape(*parts, stop - start, *shape[leading + 1 :])
-        return seen[start]
+        row, stop, _ = index[leading].indices(rows)
+        if row not in seen:
+            windows = [read(start + part * rows + row, stop - row) for part in range(math.prod(parts))]
+            seen[row] = np.concatenate(windows).reshape(*parts, stop - row, *shape[leading + 1 :])
+        return seen[row]
 
     return jax.make_array_from_callback(shape, batch_sharding(mesh, leading), held)
 
