@@ -136,7 +136,9 @@ def _as_column(row_1xU: jax.Array) -> jax.Array:
 # -- along a row of tiles: the output, and the gradients of what belongs to queries ---------------------------------
 
 
-def _forward(interpret: bool, layout: Layout, basis: np.ndarray | None, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    interpret: bool, layout: Layout, basis: np.ndarray | None, arrays: Arrays, out_dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     def kernel(refs, out, logsumexp, highest, total, sums):
         i, j = pl.program_id(2), pl.program_id(3)
 
@@ -176,7 +178,7 @@ def _forward(interpret: bool, layout: Layout, basis: np.ndarray | None, arrays: 
         specs,
         (specs["query"], _per_row(layout)),
         (
-            jax.ShapeDtypeStruct((batch, heads, length, dim), arrays.value_BxKxSxD.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length, dim), out_dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ),
         cost=_cost(layout, arrays, 2),
@@ -195,7 +197,7 @@ def _backward(
     d_out_BxHxTxD: jax.Array,
 ) -> Arrays:
     """Gradients, float32."""
-    delta_BxHxT = jnp.sum(out_BxHxTxD.astype(jnp.float32) * d_out_BxHxTxD.astype(jnp.float32), axis=-1)
+    delta_BxHxT = jnp.sum(out_BxHxTxD * d_out_BxHxTxD.astype(jnp.float32), axis=-1)
     results = {
         "d_out": d_out_BxHxTxD,
         "logsumexp": logsumexp_BxHxT[:, :, None],

@@ -158,10 +158,11 @@ class Arrays(NamedTuple):
 class Kernel(NamedTuple):
     """A flash kernel: two pure functions.
 
-    forward(layout, basis, arrays) -> (out_BxHxTxD in the value's dtype, logsumexp_BxHxT float32). A row that sees no
-    key has zeros, and +inf (so that its weights exp(score - logsumexp) are 0).
+    forward(layout, basis, arrays, out_dtype) -> (out_BxHxTxD, logsumexp_BxHxT float32). A row that sees no key has
+    zeros, and +inf (so that its weights exp(score - logsumexp) are 0).
 
     backward(layout, basis, arrays, out, logsumexp, d_out) -> `Arrays` of gradients, float32 or the array's own dtype.
+    Here `out` is float32.
     Gradients by near and far tiles that no key tile meets are 0, and so are those by near scores that are hidden.
     """
 
@@ -281,15 +282,20 @@ def _attend(kernel: Kernel, prepared: Prepared, content, position, key, value) -
     """[B, H, T, D], padded. Only the inputs, the output and its logsumexp wait for the backward pass: the near scores,
     several times as large as the queries, are made again there.
     """
-    return _attend_forward(kernel, prepared, content, position, key, value)[0]
+    return _run(kernel, prepared, value.dtype, content, position, key, value)[0]
 
 
-def _attend_forward(kernel: Kernel, prepared: Prepared, *inputs):
+def _run(kernel: Kernel, prepared: Prepared, out_dtype: jnp.dtype, *inputs) -> tuple[jax.Array, jax.Array]:
     with jax.named_scope("prepare"):
         arrays = arrays_of(prepared, *inputs)
     with jax.named_scope("flash"):
-        out, logsumexp = checkpoint_name(kernel.forward(prepared.layout, prepared.basis, arrays), KEPT)
-    return out, (inputs, out, logsumexp)
+        return kernel.forward(prepared.layout, prepared.basis, arrays, out_dtype)
+
+
+def _attend_forward(kernel: Kernel, prepared: Prepared, *inputs):
+    # The output waits unrounded: see `sweep`.
+    out, logsumexp = checkpoint_name(_run(kernel, prepared, jnp.float32, *inputs), KEPT)
+    return out.astype(inputs[-1].dtype), (inputs, out, logsumexp)
 
 
 def _attend_backward(kernel: Kernel, prepared: Prepared, residuals: tuple, d_out: jax.Array) -> tuple:

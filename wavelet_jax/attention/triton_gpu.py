@@ -194,7 +194,12 @@ def _by_jax_triton(launch: Launch) -> Sequence[jax.Array]:
 
 
 def _forward(
-    launcher: Launcher, capability: int, layout: Layout, basis: np.ndarray | None, arrays: Arrays
+    launcher: Launcher,
+    capability: int,
+    layout: Layout,
+    basis: np.ndarray | None,
+    arrays: Arrays,
+    out_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     blocks = _sizes(capability, arrays.query_BxHxTxD.dtype, arrays.query_BxHxTxD.shape[3]).forward
     inputs = _inputs(basis, arrays)
@@ -203,7 +208,7 @@ def _forward(
             kernel="forward",
             arrays=inputs,
             counts=_counts(layout),
-            outputs=[_like(inputs[0], arrays.value_BxKxSxD.dtype), _by_row(arrays)],
+            outputs=[_like(inputs[0], out_dtype), _by_row(arrays)],
             constants=_constants(layout, inputs, arrays, blocks),
             programs=math.prod(arrays.query_BxHxTxD.shape[:3]) // blocks.rows,
             warps=blocks.warps,
@@ -228,7 +233,7 @@ def _backward(
     sizes = _sizes(capability, arrays.query_BxHxTxD.dtype, head_dim)
     inputs = _inputs(basis, arrays)
     query, key, value, near, far, _ = inputs
-    delta_BxHxT = jnp.sum(d_out_BxHxTxD.astype(jnp.float32) * out_BxHxTxD.astype(jnp.float32), axis=-1)
+    delta_BxHxT = jnp.sum(d_out_BxHxTxD.astype(jnp.float32) * out_BxHxTxD, axis=-1)
     read = [*inputs, _widen(d_out_BxHxTxD, query.shape[3]), logsumexp_BxHxT, delta_BxHxT]
 
     def run(kernel: str, blocks: Blocks, outputs: list, programs: int) -> Sequence[jax.Array]:

@@ -37,7 +37,7 @@ def forward(
     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, HAS_NEAR: tl.constexpr, HAS_FAR: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program has BLOCK_M rows of one head. out: the value's dtype; logsumexp float32, natural, +inf: saw no key."""
+    """A program has BLOCK_M rows of one head. out: any float; logsumexp float32, natural, +inf: saw no key."""
     head, first = _rows_of_program(row_length, BLOCK_M)
     head_row = head.to(tl.int64) * row_length + first
     key += (head // group).to(tl.int64) * key_length * D
