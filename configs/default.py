@@ -122,9 +122,10 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     mesh.context = 1  # sequences are split over it; train.length is a multiple of twice its size
     mesh.tensor = 1  # heads and the feed-forward's width are split over it
 
-    # --- A comparison: several methods one after another, then evaluation and figures; empty: one run --------------
+    # --- A comparison: several runs one after another, then evaluation and figures; empty: one run -----------------
     config.compare = compare = ConfigDict()
-    compare.methods = ()  # of wavelet_jax.positions.METHODS
+    compare.variants = ()  # of the config's file, as in FILE.py:VARIANT; each is a run in a folder of that name
+    compare.label = ""  # what tables and figures call this run; empty: position.method
     compare.lengths = (128, 256, 512, 1024)  # tokens
     compare.protocol = "full_length"  # full_length | non_overlapping | sliding_window
 

@@ -166,7 +166,7 @@ def test_bad_values(flag, value, said, monkeypatch):
     for name, value in values.items():
         monkeypatch.setattr(plan, name, SimpleNamespace(name=name.lower(), value=value))
     with pytest.raises(UserError, match=said):
-        plan.main(smoke.get_config())
+        plan.main([smoke.get_config()])
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():

@@ -178,7 +178,7 @@ def evaluate(
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
         config.eval.update(changes or {})
-        for section, key in (("eval", "prefill_chunk"), ("data", "threads")):
+        for section, key in (("eval", "prefill_chunk"), ("data", "threads"), ("compare", "label")):
             if key not in config[section]:
                 raise UserError(
                     f"{workdir}/config.json is of an earlier version, without {section}.{key}: set it there"
@@ -345,13 +345,11 @@ def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
 
 
 def _labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
-    """The methods; where one occurs twice, with as much of the directories' ends as tells them apart."""
-    methods = [config.position.method for config in configs]
+    """What runs are called; where one name occurs twice, with as much of the directories' ends as tells them apart."""
+    names = [runs.label(config) for config in configs]
     parts = [workdir.resolve().parts for workdir in workdirs]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
     ends = ("/".join(part[-depth:]) for part in parts)
-    return [
-        f"{method} ({end})" if methods.count(method) > 1 else method for method, end in zip(methods, ends, strict=True)
-    ]
+    return [f"{name} ({end})" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]
