@@ -38,6 +38,9 @@ COLUMNS = (
     "ci_high",
 )
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
+# Keys that an evaluation reads and the first versions' runs did not have.
+LATER_KEYS = ("eval.prefill_chunk", "data.threads", "compare.label", "optimizer.name", "optimizer.warmup_start")
+LATER_KEYS += ("model.vocabulary", "model.adaptive_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +181,9 @@ def evaluate(
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
         config.eval.update(changes or {})
-        for section, key in (("eval", "prefill_chunk"), ("data", "threads"), ("compare", "label")):
-            if key not in config[section]:
-                raise UserError(
-                    f"{workdir}/config.json is of an earlier version, without {section}.{key}: set it there"
-                )
+        missing = [key for key in LATER_KEYS if key not in runs.flatten(config)]
+        if missing:
+            raise UserError(f"{workdir}/config.json is of an earlier version: set {', '.join(missing)} there")
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)
