@@ -183,7 +183,9 @@ def evaluate(
         config.eval.update(changes or {})
         missing = [key for key in LATER_KEYS if key not in runs.flatten(config)]
         if missing:
-            raise UserError(f"{workdir}/config.json is of an earlier version: set {', '.join(missing)} there")
+            raise UserError(
+                f"{workdir}/config.json is of an earlier version, without {', '.join(missing)}: set them there"
+            )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)

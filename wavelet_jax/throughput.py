@@ -15,8 +15,8 @@ def matrix_parameters(config: ConfigDict, vocab_size: int) -> int:
     """Numbers that every token is multiplied with: projections, feed-forward, and the head (tied or not).
 
     Embeddings are looked up and norms are no products: neither counts, nor does what a position method learns. Of an
-    adaptive vocabulary the head and the most frequent words' projection count: what rare words need besides, or instead,
-    depends on the text.
+    adaptive vocabulary the head and the most frequent words' projection count: what rare words need
+    beside them, or instead, depends on the text.
     """
     width, heads, kv_heads = config.model.d_model, config.model.num_heads, config.model.num_kv_heads
     attention = 2 * width * (heads + kv_heads) * config.model.head_dim
