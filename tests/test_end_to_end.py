@@ -326,6 +326,9 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
             "--config.compare.lengths=(64, 1000000)",
             *data_flags,
         ],
+        "unknown variant of configs/paper/table1.py 'wavelet_riker': did you mean 'wavelet_ricker'?": [
+            f"--config={ROOT}/configs/paper/table1.py:wavelet_riker"
+        ],
         "train.batch_size 8 must be a multiple of 3": [smoke, "--config.train.accumulation=3", *data_flags],
         "smoke.pie": [f"--config={ROOT}/configs/smoke.pie", *data_flags],
         "unexpected arguments now": [smoke, *data_flags, "now"],
