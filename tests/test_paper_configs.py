@@ -71,8 +71,8 @@ def test_rows_of_table_1_differ_in_what_they_are_named_for():
 
 
 def test_parameters_of_baevski_and_auli_s_model():
-    """About 247M. fairseq's vocabulary has nine entries more than the text's words, <s>, <pad> and seven that fill it up to
-    a multiple of 8, of 64 numbers each; ours has the text's words, with </s> and <unk>."""
+    """About 247M. fairseq's vocabulary has nine entries more than the text's words, <s>, <pad> and seven that make it a
+    multiple of 8, of 64 numbers each; ours has the text's words, with </s> and <unk>."""
     config = table1.get_config("sinusoidal")
     blocks = 16 * (4 * 1024 * 1025 + 1025 * 4096 + 4097 * 1024 + 4 * 1024)  # attention, feed-forward, two norms
     words = 20_000 * 1024 + 40_000 * 256 + (WIKITEXT_103 - 60_000) * 64

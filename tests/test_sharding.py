@@ -30,7 +30,8 @@ for shape in shapes:
     config.mesh.update(shape)
     config.train.update(batch_size=16, accumulation=2, logits_chunk=128)
     config.model.update(dropout=dropout, num_layers=1, num_heads=4, num_kv_heads=2)
-    config.update_from_flattened_dict(changes)
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     mesh = sharding.make_mesh(config)
     graphdef, state, abstract_state = training.init(config, 257, mesh)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract_state), strict=True):
@@ -66,12 +67,14 @@ def losses(devices: int, method: str, steps: int, dropout: float, changes: dict,
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
-def compare(method: str, steps: int, dropout: float, *shapes: dict[str, int], **changes) -> list[float]:
+def compare(
+    method: str, steps: int, dropout: float, *shapes: dict[str, int], changes: dict | None = None
+) -> list[float]:
     """Holds runs on meshes of eight devices to that on one; returns the share of parameters that a device holds.
 
-    changes: of keys of the config, "section__key".
+    changes: {"section.key": value} of the config, JSON values.
     """
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    changes = changes or {}
     (one,), runs = losses(1, method, steps, dropout, changes, ONE), losses(8, method, steps, dropout, changes, *shapes)
     assert len(runs) == len(shapes)
     assert one["losses"][-1] < one["losses"][0]
@@ -118,8 +121,9 @@ def test_a_divided_length_computes_what_a_whole_one_does():
 @pytest.mark.slow
 def test_an_adaptive_vocabulary_and_nag_compute_on_meshes_what_they_do_on_one_device():
     shapes = [{"data": -1}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
-    changes = {"model__vocabulary": "adaptive", "model__cutoffs": (40, 120), "optimizer__name": "nag"}
-    compare("wavelet", 10, 0.0, *shapes, **changes, model__adaptive_factor=2, optimizer__learning_rate=0.1)
+    changes = {"model.vocabulary": "adaptive", "model.cutoffs": [40, 120], "model.adaptive_factor": 2}
+    changes |= {"optimizer.name": "nag", "optimizer.learning_rate": 0.1}
+    compare("wavelet", 10, 0.0, *shapes, changes=changes)
 
 
 def make_config(**mesh):

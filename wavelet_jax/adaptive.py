@@ -102,7 +102,8 @@ class AdaptiveVocabulary(nnx.Module):
         for i in range(1, count):
             losses += jax.lax.cond(
                 (cluster == i).any(),
-                functools.partial(self._tail_losses, i),
+                # Or the branch that is not taken would make zeros of the size of the logits for the backward pass.
+                jax.checkpoint(functools.partial(self._tail_losses, i)),
                 lambda hidden, targets, key: jnp.zeros(targets.shape),
                 *(hidden, targets, keys[i]),
             )
