@@ -193,6 +193,7 @@ def _check_counts(config: ConfigDict) -> None:
             "data.threads": (config.data.threads, 1),
             "data.prefetch": (config.data.prefetch, 0),
             "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
+            "optimizer.warmup_start": (config.optimizer.warmup_start, 0),
             "log.every": (config.log.every, 1),
             "log.slow_update": (config.log.slow_update, 0),
             "log.slow_seconds": (config.log.slow_seconds, 0),

@@ -5,12 +5,13 @@ fairseq's transformer_lm_wiki103. Words are numbered from the most frequent on a
 have vectors as wide as the model, those of cluster i vectors that are factor^i times narrower, and each cluster has a
 projection. The softmax reads the same vectors, and its tails the same projections:
 
-    p(word) = p_head(word)                                where p_head is over the words of cluster 0 and a class for
-    p(word) = p_head(class i) p_i(word)                   each other cluster, and p_i over the words of cluster i
+    p(word) = p_head(word)                  of cluster 0
+    p(word) = p_head(class i) p_i(word)     of cluster i
 
-so that log p(word) needs the head and at most one tail. It is exactly the softmax that `log_probs` writes out.
+where p_head is over the words of cluster 0 and a class for each other cluster, and p_i over the words of cluster i: the
+loss of a target needs the head and at most one tail. It is exactly that of the softmax that `log_probs` writes out.
 
-Dimensions in names: E d_model, N words of a cluster, D their width, C clusters beside the first, V vocabulary.
+Dimensions in names: E d_model, N words of a cluster, D their width, V vocabulary.
 """
 
 import functools
