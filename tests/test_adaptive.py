@@ -22,13 +22,21 @@ CLUSTERS = [(0, 10, 32), (10, 26, 8), (26, 50, 2)]
 
 def make_config(**model):
     config = smoke.get_config("nope")
-    config.model.update({"num_layers": 1, "vocabulary": "adaptive", "cutoffs": CUTOFFS, **model})
+    # Where no key is given, dropout must not be seen in any test.
+    config.model.update(
+        {"num_layers": 1, "vocabulary": "adaptive", "cutoffs": CUTOFFS, "adaptive_dropout": 0.5} | model
+    )
     return config
 
 
 @functools.cache
-def make_model(**model) -> Decoder:
-    return Decoder(make_config(**model), VOCAB, rngs=nnx.Rngs(0))
+def make_model() -> Decoder:
+    """Compiled as a whole: one by one, its initialisers take seconds."""
+    config = make_config()
+    graphdef, _ = training.shapes(config, VOCAB, sharding.make_mesh(config))
+    return nnx.merge(
+        graphdef, quick_jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, VOCAB, rngs=nnx.Rngs(0)))))()
+    )
 
 
 def hidden_and_targets(batch: int = 2, length: int = 11) -> tuple[jax.Array, jax.Array]:
@@ -49,11 +57,11 @@ def torch_softmax(embedding: adaptive.AdaptiveVocabulary):
 
     theirs.head.weight = tensor(np.concatenate([embedding.words[0][...], embedding.classes[...].T]))
     for i, tail in enumerate(theirs.tail, start=1):
-        tail[0].weight, tail[1].weight = tensor(embedding.projections[i][...].T), tensor(embedding.words[i])
+        tail[0].weight, tail[1].weight = tensor(embedding.projections[i]), tensor(embedding.words[i])
     return torch, theirs
 
 
-@pytest.mark.parametrize("chunk", [0, 6, 8])  # all at once; 11 tokens a row in chunks of 3 and 4, with a remainder
+@pytest.mark.parametrize("chunk", [0, 8])  # all at once; rows of 11 tokens in chunks of 4, which leaves a remainder
 def test_loss_and_gradients_equal_pytorch_s(chunk):
     """Float32 against float64: sums of 50 products of unit normals, and their softmax."""
     model = make_model()
@@ -79,7 +87,7 @@ def test_loss_and_gradients_equal_pytorch_s(chunk):
     close(ours["words"][0][...], theirs.head.weight.grad[:10])
     close(ours["classes"][...], theirs.head.weight.grad[10:].T)
     for i, tail in enumerate(theirs.tail, start=1):
-        close(ours["projections"][i][...], tail[0].weight.grad.T)
+        close(ours["projections"][i][...], tail[0].weight.grad)
         close(ours["words"][i][...], tail[1].weight.grad)
     assert (ours["projections"][0][...] == 0).all()  # the input's alone
 
@@ -88,11 +96,11 @@ def test_log_probabilities_of_all_words():
     model = make_model()
     torch, theirs = torch_softmax(model.embedding)
     hidden, targets = hidden_and_targets()
-    log_probs = model.logits(hidden)
+    log_probs, losses = quick_jit(lambda hidden: (model.logits(hidden), model.losses(hidden, targets)))(hidden)
     expected = theirs.log_prob(torch.tensor(np.asarray(hidden, np.float64).reshape(-1, WIDTH)))
     np.testing.assert_allclose(log_probs.reshape(-1, VOCAB), expected.detach(), rtol=1e-5, atol=1e-5)
     picked = np.take_along_axis(np.asarray(log_probs), np.asarray(targets)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(model.losses(hidden, targets), -picked, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(losses, -picked, rtol=1e-5, atol=1e-5)
 
 
 def test_input_is_each_word_s_vector_times_its_cluster_s_projection():
@@ -103,23 +111,27 @@ def test_input_is_each_word_s_vector_times_its_cluster_s_projection():
         for i, (start, stop, _) in enumerate(CLUSTERS)
         for word in range(start, stop)
     ]
-    np.testing.assert_allclose(embedding(ids).reshape(VOCAB, WIDTH), expected, atol=2e-6)
+    np.testing.assert_allclose(quick_jit(embedding.__call__)(ids).reshape(VOCAB, WIDTH), expected, atol=2e-6)
     assert [words.shape for words in embedding.words] == [(stop - start, width) for start, stop, width in CLUSTERS]
 
 
 def test_a_tail_that_is_not_needed_is_not_touched():
     """Numbers that are not finite in it reach neither a loss nor, as they would through a mask, a gradient."""
-    graphdef, params = nnx.split(make_model())
+    graphdef, state = nnx.split(make_model())
+    params = nnx.to_pure_dict(state)
+    params["embedding"]["words"][2] = jnp.full((24, 2), jnp.nan)
     hidden, _ = hidden_and_targets()
     targets = jnp.arange(22).reshape(2, 11)  # none of the last cluster
-    params["embedding"]["words"][2][...] = jnp.full((24, 2), jnp.nan)
 
     def loss(params, targets):
         return training.token_losses(nnx.merge(graphdef, params), hidden, targets, 6).sum()
 
     gradient = quick_jit(jax.grad(loss))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params, targets)))
-    assert np.isnan(gradient(params, targets.at[1, 3].set(26))["embedding"]["classes"][...]).any()
+    finite = [
+        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params, some)))
+        for some in (targets, targets.at[1, 3].set(26))
+    ]
+    assert finite == [True, False]
 
 
 def test_tails_are_computed_where_their_words_are_and_nowhere_else(monkeypatch):
@@ -164,23 +176,21 @@ def test_logits_of_all_tokens_are_never_there_at_once():
 
 
 def test_dropout_is_a_function_of_its_key():
-    model, plain = make_model(adaptive_dropout=0.5), make_model()
-    hidden, targets = hidden_and_targets()
+    """Tokens and targets that are all alike: every chunk draws for itself, and every token in it."""
+    model = make_model()
+    hidden = jnp.broadcast_to(hidden_and_targets()[0][:1, :1], (2, 8, WIDTH))
 
     @quick_jit
-    def losses(seed, chunk=0):
-        return training.token_losses(model, hidden, targets, chunk, dropout_key=jax.random.key(seed))
+    def losses(seed):
+        targets = jnp.full((2, 8), 40)
+        return training.token_losses(model, hidden, targets, 4, dropout_key=jax.random.key(seed))
 
     first, again, other = losses(1), losses(1), losses(2)
     np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 1e-2
-    np.testing.assert_array_equal(model.losses(hidden, targets), plain.losses(hidden, targets))  # no key: no dropout
-    # Chunks draw for themselves: no two of equal tokens and targets are alike.
-    same = jnp.broadcast_to(hidden[:1, :1], (1, 8, WIDTH)), jnp.full((1, 8), 40)
-    by_chunk = training.token_losses(model, *same, 1, dropout_key=jax.random.key(0))
-    assert len(np.unique(by_chunk)) == 8
+    assert len(np.unique(np.stack([first, other]))) == 32
 
 
+@pytest.mark.slow
 def test_a_text_read_in_parts_has_the_losses_of_the_whole():
     """By the cache, as long blocks are evaluated; decoding one token at a time gives the same probabilities."""
     config = make_config()
