@@ -1,4 +1,4 @@
-"""Trains a run, or several methods one after another and compares them.
+"""Trains a run, or several one after another and compares them.
 
     python train.py                                                              the quickstart comparison
     python train.py --config=configs/wikitext2.py:rope --workdir=runs/rope       one run
@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
         if processes.is_first():
             runs.save_config(workdir, config)
             print(
-                f"{workdir}: {config.position.method}, {training.count_parameters(state.params):,} parameters, "
+                f"{workdir}: {runs.label(config)}, {training.count_parameters(state.params):,} parameters, "
                 f"{windows.num_windows:,} windows of {config.train.length} ({corpus.tokenizer.name}), "
                 f"updates {first:,} to {config.train.steps:,}",
                 file=sys.stderr,
@@ -103,7 +103,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
             range(first + 1, config.train.steps + 1),
             initial=first,
             total=config.train.steps,
-            desc=f"{config.position.method:>14}",
+            desc=f"{runs.label(config):>14}",
             disable=not processes.is_first(),
             mininterval=runs.PROGRESS_INTERVAL,
         )
@@ -140,18 +140,11 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
     stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command goes on")
 
 
-def compare(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps: str | None) -> None:
-    """Trains every method of `config.compare.methods` in turn, then evaluates them together."""
-    methods = config.compare.methods
-    if not all(isinstance(method, str) for method in methods):
-        raise UserError(f"compare.methods must be names of methods, not {methods}")
-    if len(set(methods)) < len(methods):
-        raise UserError(f"compare.methods names a method twice: {', '.join(methods)}")
-    configs, workdirs = [], [workdir / method for method in methods]
-    for method in methods:
-        configs.append(config.copy_and_resolve_references())
-        configs[-1].position.method = method
-        configs[-1].compare.methods = ()
+def compare(
+    config: ConfigDict, variants: dict[str, ConfigDict], workdir: Path, stop: stopping.Stop, profile_steps: str | None
+) -> None:
+    """Trains every variant in turn, each in a folder of its name, then evaluates them together."""
+    configs, workdirs = list(variants.values()), [workdir / name for name in variants]
     lengths, protocol = config.compare.lengths, config.compare.protocol
     evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
@@ -163,17 +156,18 @@ def compare(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_step
 
 def main() -> None:
     config = CONFIG.value
-    _check_counts(config)
-    check_packing(config)  # tokenising may take long
+    variants = cli.variants(config, "config")
+    for each in (config, *variants.values()):
+        _check_counts(each)
+        check_packing(each)  # tokenising may take long
     plan.check_flags()
     if plan.COMPILE_ONLY.value:
-        plan.main(config)
+        plan.main(list(variants.values()) or [config])
         return
-    filename = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    workdir = Path(WORKDIR.value or Path("runs") / filename.stem)
+    workdir = Path(WORKDIR.value or Path("runs") / cli.config_file("config").stem)
     with stopping.listen() as stop:
-        if config.compare.methods:
-            compare(config, workdir, stop, PROFILE_STEPS.value)
+        if variants:
+            compare(config, variants, workdir, stop, PROFILE_STEPS.value)
         else:
             train(config, workdir, stop, PROFILE_STEPS.value)
 
@@ -199,6 +193,7 @@ def _check_counts(config: ConfigDict) -> None:
             "data.threads": (config.data.threads, 1),
             "data.prefetch": (config.data.prefetch, 0),
             "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
+            "optimizer.warmup_start": (config.optimizer.warmup_start, 0),
             "log.every": (config.log.every, 1),
             "log.slow_update": (config.log.slow_update, 0),
             "log.slow_seconds": (config.log.slow_seconds, 0),

@@ -42,7 +42,11 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     model.activation = "swiglu"  # swiglu | relu
     model.use_bias = False  # in the linear layers
     model.final_norm = True  # a norm before the head
-    model.tied_head = True  # the head is the embedding's transpose
+    model.tied_head = True  # the head is the embedding's transpose; adaptive: always
+    model.vocabulary = "full"  # full: vectors of E numbers | adaptive: rare words, the last of all, have fewer
+    model.cutoffs = ()  # adaptive: the first word of each further cluster, such as (20000, 60000)
+    model.adaptive_factor = 4  # adaptive: so many times fewer from cluster to cluster
+    model.adaptive_dropout = 0.0  # adaptive: on what the softmax reads, and inside its tails
     model.scale_embedding = False  # embeddings, N(0, E^-1/2), are multiplied by sqrt(E)
     model.initializer = "fan_in"  # of the linear layers: fan_in: N(0, 1/fan_in) | xavier: uniform
     model.dropout = 0.0  # on embeddings and residual branches
@@ -85,17 +89,20 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     train.logits_chunk = 4096  # tokens whose logits are held at a time, for memory; 0: all
     train.skip_nonfinite = 0  # so many updates in a row are skipped where loss or gradient is not finite
 
-    config.optimizer = optimizer = ConfigDict()  # AdamW
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw | nag: Nesterov's momentum as fairseq has it (wavelet_jax/nag.py)
     optimizer.learning_rate = 2e-3  # the peak
     optimizer.schedule = "cosine"  # after the warm-up: cosine | linear | constant
-    optimizer.warmup_steps = 100  # linear from 0
+    optimizer.warmup_steps = 100  # linear from warmup_start
+    optimizer.warmup_start = 0.0  # learning rate of the first update; 0: one step above 0, which would waste it
     optimizer.decay_steps = train.get_oneway_ref("steps")  # cosine, linear: its end; set it to prolong a run later
     optimizer.final_fraction = 0.1  # cosine, linear: of the peak, at the end
-    optimizer.b1 = 0.9  # decay of the first moment
-    optimizer.b2 = 0.95  # decay of the second moment
-    optimizer.eps = 1e-8  # added to the second moment's root
-    optimizer.weight_decay = 0.1  # on matrices; not on norms, biases and position parameters
-    optimizer.clip_norm = 1.0  # of the global gradient; 0: none
+    optimizer.b1 = 0.9  # adamw: decay of the first moment
+    optimizer.b2 = 0.95  # adamw: decay of the second moment
+    optimizer.eps = 1e-8  # adamw: added to the second moment's root
+    optimizer.weight_decay = 0.1  # adamw: on matrices; not on norms, biases and position parameters
+    optimizer.momentum = 0.99  # nag
+    optimizer.clip_norm = 1.0  # of the global gradient, that of the mean over tokens; 0: none
 
     # --- What a run writes ------------------------------------------------------------------------------------------
     config.log = log = ConfigDict()
@@ -122,9 +129,10 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     mesh.context = 1  # sequences are split over it; train.length is a multiple of twice its size
     mesh.tensor = 1  # heads and the feed-forward's width are split over it
 
-    # --- A comparison: several methods one after another, then evaluation and figures; empty: one run --------------
+    # --- A comparison: several runs one after another, then evaluation and figures; empty: one run -----------------
     config.compare = compare = ConfigDict()
-    compare.methods = ()  # of wavelet_jax.positions.METHODS
+    compare.variants = ()  # of the config's file, as in FILE.py:VARIANT; each is a run in a folder of that name
+    compare.label = ""  # what tables and figures call this run; empty: position.method
     compare.lengths = (128, 256, 512, 1024)  # tokens
     compare.protocol = "full_length"  # full_length | non_overlapping | sliding_window
 

@@ -21,6 +21,6 @@ def get_config(method: str = "") -> ConfigDict:
     config.model.dropout = 0.1
     config.train.update(steps=400, batch_size=16)
     config.optimizer.update(learning_rate=4e-3, warmup_steps=40)
-    config.compare.methods = () if method else ("wavelet", "rope", "alibi")
+    config.compare.variants = () if method else ("wavelet", "rope", "alibi")
     config.compare.lengths = (128, 256, 512, 1024, 2048)
     return config

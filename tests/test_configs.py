@@ -65,7 +65,7 @@ def test_config_and_method_agree_on_defaults(method):
 def test_every_variant_builds_its_shapes(name, method):
     config = importlib.import_module(f"configs.{name}").get_config(method)
     assert config.position.method == method
-    assert config.compare.methods == ()
+    assert config.compare.variants == ()
     shapes = nnx.eval_shape(lambda: Decoder(config, 1000, rngs=nnx.Rngs(0)))
     count = training.count_parameters(nnx.to_pure_dict(nnx.state(shapes)))
     assert count > 1000 * config.model.d_model
@@ -75,7 +75,7 @@ def test_every_variant_builds_its_shapes(name, method):
 @pytest.mark.parametrize("name", ["quickstart", "wikitext2"])
 def test_without_a_variant_the_main_methods_are_compared(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert config.compare.methods == ("wavelet", "rope", "alibi")
+    assert config.compare.variants == ("wavelet", "rope", "alibi")
     assert config.compare.lengths[-1] == 16 * config.train.length
 
 

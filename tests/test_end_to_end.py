@@ -64,7 +64,7 @@ def losses(workdir) -> dict[int, tuple]:
 def whole_runs(data_flags, tmp_path_factory):
     """Undisturbed runs of two methods, trained by the comparison command, and the folder of its results."""
     folder = tmp_path_factory.mktemp("whole")
-    flags = ["--config.compare.methods=('wavelet', 'rope')", "--config.log.every=1", *data_flags]
+    flags = ["--config.compare.variants=('wavelet', 'rope')", "--config.log.every=1", *data_flags]
     out = run("train.py", f"--config={ROOT}/configs/smoke.py", f"--workdir={folder}", *flags)
     return folder, out
 
@@ -148,7 +148,7 @@ def test_signals_save_and_the_same_command_goes_on(whole_runs, data_flags, tmp_p
     """SIGTERM ends a whole comparison in its first run, SIGINT the run that goes on: no loss differs in the end."""
     workdir = tmp_path / "wavelet"
     flags = ["--config.log.every=1", *data_flags]
-    both = [f"--config={ROOT}/configs/smoke.py", "--config.compare.methods=('wavelet', 'rope')"]
+    both = [f"--config={ROOT}/configs/smoke.py", "--config.compare.variants=('wavelet', 'rope')"]
     one = [f"--config={ROOT}/configs/smoke.py:wavelet", f"--workdir={workdir}", *flags]
     lives = [
         (start("train.py", *both, f"--workdir={tmp_path}", *flags), signal.SIGTERM, logged(workdir, 5)),
@@ -316,15 +316,18 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
         "config.train.steps=many": [smoke, "--config.train.steps=many", *data_flags],
         "unknown position method 'aliby': did you mean 'alibi'?": [
             smoke,
-            "--config.compare.methods=('wavelet', 'aliby')",
+            "--config.compare.variants=('wavelet', 'aliby')",
             *data_flags,
         ],
-        "compare.methods names a method twice": [smoke, "--config.compare.methods=('rope', 'rope')", *data_flags],
+        "compare.variants names a variant twice": [smoke, "--config.compare.variants=('rope', 'rope')", *data_flags],
         "length 1000000 is longer than the validation text": [
             smoke,
-            "--config.compare.methods=('rope', 'wavelet')",
+            "--config.compare.variants=('rope', 'wavelet')",
             "--config.compare.lengths=(64, 1000000)",
             *data_flags,
+        ],
+        "unknown variant of configs/paper/table1.py 'wavelet_riker': did you mean 'wavelet_ricker'?": [
+            f"--config={ROOT}/configs/paper/table1.py:wavelet_riker"
         ],
         "train.batch_size 8 must be a multiple of 3": [smoke, "--config.train.accumulation=3", *data_flags],
         "smoke.pie": [f"--config={ROOT}/configs/smoke.pie", *data_flags],

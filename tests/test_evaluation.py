@@ -173,6 +173,8 @@ def test_runs_of_one_method_are_told_apart():
     assert evaluation._labels(configs[1:], [Path("a/wavelet"), Path("a/rope")]) == ["wavelet", "rope"]
     labels = evaluation._labels(configs, [Path("a/wavelet"), Path("b/wavelet"), Path("b/rope")])
     assert labels == ["wavelet (a/wavelet)", "wavelet (b/wavelet)", "rope"]
+    configs[0].compare.label = "rope_theta5e5"
+    assert evaluation._labels(configs[:2], [Path("a/wavelet"), Path("b/wavelet")]) == ["rope_theta5e5", "wavelet"]
 
 
 def test_length_past_the_validation_text_is_refused():

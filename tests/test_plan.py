@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from configs import smoke
-from configs.paper import llama2_7b
+from configs.paper import llama2
 from wavelet_jax import devices, memory, plan, positions, sharding, training
 from wavelet_jax.errors import UserError
 
@@ -118,7 +118,7 @@ def test_what_the_compiler_says_when_it_finds_no_room():
 def test_vocabulary():
     config = smoke.get_config()
     assert plan.vocabulary(config) == 257
-    assert plan.vocabulary(llama2_7b.get_config()) == 32000
+    assert plan.vocabulary(llama2.get_config("wavelet")) == 32000
     config.data.update(tokenizer="word", vocab_size=0)
     with pytest.raises(UserError, match=r"leaves the size of the word vocabulary to the text.*give --vocab_size"):
         plan.vocabulary(config)
@@ -166,7 +166,7 @@ def test_bad_values(flag, value, said, monkeypatch):
     for name, value in values.items():
         monkeypatch.setattr(plan, name, SimpleNamespace(name=name.lower(), value=value))
     with pytest.raises(UserError, match=said):
-        plan.main(smoke.get_config())
+        plan.main([smoke.get_config()])
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
@@ -181,7 +181,7 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 @pytest.mark.parametrize("method", positions.METHODS)
 @pytest.mark.parametrize(("suffix", "length"), [("", 4096), ("_32k", 32768)])
 def test_every_variant_of_the_paper_s_config_builds_its_shapes(method, suffix, length):
-    config = llama2_7b.get_config(method + suffix)
+    config = llama2.get_config(method + suffix)
     assert (config.position.method, config.train.length, config.position.max_positions) == (method, length, length)
     config.model.num_layers = 1
     config.mesh.tensor = 1

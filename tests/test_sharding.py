@@ -22,7 +22,7 @@ import json, sys, jax, numpy as np
 from configs import smoke
 from wavelet_jax import sharding, training
 
-method, steps, dropout, shapes = json.loads(sys.argv[1])
+method, steps, dropout, changes, shapes = json.loads(sys.argv[1])
 quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # most of the time is compilation
 tokens = np.random.default_rng(0).integers(0, 257, (steps, 2, 8, 65)).astype(np.int32)
 for shape in shapes:
@@ -30,6 +30,8 @@ for shape in shapes:
     config.mesh.update(shape)
     config.train.update(batch_size=16, accumulation=2, logits_chunk=128)
     config.model.update(dropout=dropout, num_layers=1, num_heads=4, num_kv_heads=2)
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     mesh = sharding.make_mesh(config)
     graphdef, state, abstract_state = training.init(config, 257, mesh)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract_state), strict=True):
@@ -57,17 +59,23 @@ ROUNDING = 5e-6
 TARGET_ROUNDING = 1.6e-5
 
 
-def losses(devices: int, method: str, steps: int, dropout: float, *shapes: dict[str, int]) -> list[dict]:
+def losses(devices: int, method: str, steps: int, dropout: float, changes: dict, *shapes: dict[str, int]) -> list[dict]:
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-c", LOSSES, json.dumps([method, steps, dropout, shapes])]
+    command = [sys.executable, "-c", LOSSES, json.dumps([method, steps, dropout, changes, shapes])]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
-def compare(method: str, steps: int, dropout: float, *shapes: dict[str, int]) -> list[float]:
-    """Holds runs on meshes of eight devices to that on one; returns the share of parameters that a device holds."""
-    (one,), runs = losses(1, method, steps, dropout, ONE), losses(8, method, steps, dropout, *shapes)
+def compare(
+    method: str, steps: int, dropout: float, *shapes: dict[str, int], changes: dict | None = None
+) -> list[float]:
+    """Holds runs on meshes of eight devices to that on one; returns the share of parameters that a device holds.
+
+    changes: {"section.key": value} of the config, JSON values.
+    """
+    changes = changes or {}
+    (one,), runs = losses(1, method, steps, dropout, changes, ONE), losses(8, method, steps, dropout, changes, *shapes)
     assert len(runs) == len(shapes)
     assert one["losses"][-1] < one["losses"][0]
     for shape, run in zip(shapes, runs, strict=True):
@@ -108,6 +116,14 @@ def test_a_divided_length_computes_what_a_whole_one_does():
         {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
     ]
     compare("wavelet", 20, 0.0, *shapes)
+
+
+@pytest.mark.slow
+def test_an_adaptive_vocabulary_and_nag_compute_on_meshes_what_they_do_on_one_device():
+    shapes = [{"data": -1}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+    changes = {"model.vocabulary": "adaptive", "model.cutoffs": [40, 120], "model.adaptive_factor": 2}
+    changes |= {"optimizer.name": "nag", "optimizer.learning_rate": 0.1}
+    compare("wavelet", 10, 0.0, *shapes, changes=changes)
 
 
 def make_config(**mesh):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from configs.paper import llama2_7b
+from configs.paper import llama2
 from wavelet_jax import devices, profiling, sharding, throughput, training
 from wavelet_jax.errors import UserError
 
@@ -56,7 +56,7 @@ def test_model_flops_are_the_products_of_the_train_step(changes):
 
 def test_parameters_of_llama_2_7b():
     """6,738,415,616 is what Meta's model of this shape has. Norms and looked-up embeddings are no products."""
-    config = llama2_7b.get_config()
+    config = llama2.get_config("wavelet")
     counts = []
     for layers in (1, 2):  # the others are alike, and 32 take long
         config.model.num_layers = layers

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import quick_jit
 from flax import nnx
 
+from configs.paper import table1
 from wavelet_jax import sharding, training
 from wavelet_jax.errors import UserError
 from wavelet_jax.model import Decoder
+from wavelet_jax.nag import nag
 
 VOCAB = 257
 
@@ -157,6 +160,91 @@ def test_gradients_are_clipped_by_their_global_norm(small_config):
     norm = np.sqrt(27 + 64)
     np.testing.assert_allclose(mu["a"], 0.1 * 3.0 * 0.5 / norm, rtol=1e-5)
     np.testing.assert_allclose(mu["b"], 0.1 * 4.0 * 0.5 / norm, rtol=1e-5)
+
+
+def nag_loop(params, grads, rates, momentum):
+    """The paper's formula, step by step, in float64."""
+    p, buffer, before = np.array(params, np.float64), np.zeros(len(params)), rates[0]
+    for g, rate in zip(np.asarray(grads, np.float64), np.asarray(rates, np.float64), strict=True):
+        c = rate / before
+        p += momentum**2 * c * buffer - (1 + momentum) * rate * g
+        buffer = momentum * c * buffer - rate * g
+        before = rate
+    return p
+
+
+def test_nag_is_the_formula_over_a_changing_schedule():
+    rng = np.random.default_rng(0)
+    params, grads = rng.normal(size=5).astype(np.float32), rng.normal(size=(60, 5)).astype(np.float32)
+    rates = np.concatenate([np.linspace(1e-3, 1, 20), np.linspace(1, 1e-2, 40)]).astype(np.float32)
+    optimizer = nag(lambda count: jnp.asarray(rates)[count], 0.9)
+    ours, state = jnp.asarray(params), optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for i, g in enumerate(grads):
+        updates, state = update(g, state)
+        ours = optax.apply_updates(ours, updates)
+        # Sums of at most 60 numbers of order 10 in float32.
+        np.testing.assert_allclose(ours, nag_loop(params, grads[: i + 1], rates[: i + 1], 0.9), atol=1e-5, rtol=1e-5)
+
+
+def test_nag_at_a_constant_rate_is_optax_s_nesterov_momentum():
+    rng = np.random.default_rng(1)
+    params = {"a": rng.normal(size=3).astype(np.float32), "b": rng.normal(size=(2, 2)).astype(np.float32)}
+    ours, theirs = nag(optax.constant_schedule(0.1), 0.9), optax.sgd(0.1, momentum=0.9, nesterov=True)
+    states = ours.init(params), theirs.init(params)
+    for _ in range(4):
+        grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+        (one, first), (other, second) = ours.update(grads, states[0]), theirs.update(grads, states[1])
+        states = first, second
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+def test_nag_outlives_a_learning_rate_of_zero():
+    rates = np.float32([1, 0, 0, 1])
+    optimizer = nag(lambda count: jnp.asarray(rates)[count], 0.9)
+    state = optimizer.init(jnp.zeros(1))
+    for expected in (-1.9, 0, 0, -1.9):  # what is left of the velocity is nothing
+        updates, state = optimizer.update(jnp.ones(1), state)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+def test_the_paper_s_schedule_at_its_corners():
+    """Section 6.1: from 1e-7 to 1 in 16,000 updates, half a cosine of 270,000 down to 1e-4."""
+    rate = training.learning_rate_schedule(table1.get_config("wavelet_ricker"))
+    steps = [0, 1, 15_999, 16_000, 151_000, 286_000]
+    slope = (1 - 1e-7) / 16_000
+    expected = [1e-7, 1e-7 + slope, 1 - slope, 1, (1 + 1e-4) / 2, 1e-4]
+    # The cosine's angle is in float32: at its end, 1e-4 of the rate of which 6e-8 is rounding.
+    np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-3, atol=0)
+    np.testing.assert_allclose([rate(step) for step in steps[:5]], expected[:5], rtol=1e-6, atol=0)
+
+
+def test_the_paper_s_first_update(small_config):
+    """The gradient of the mean over tokens, clipped at 0.1, in however many parts; NAG moves by 1.99 times it."""
+    velocities = {}
+    for parts in (1, 4):
+        config = small_config("nope")
+        config.model.num_layers, config.train.accumulation = 1, parts
+        config.optimizer.update(name="nag", learning_rate=1.0, warmup_start=1e-3, clip_norm=0.1)
+        graphdef, state, _ = training.init(config, VOCAB, sharding.make_mesh(config))
+        after, metrics = quick_jit(training.make_train_step(config, graphdef))(state, batch(parts))
+        velocities[parts] = optax.tree.get(after.opt_state, "velocity")
+        moved = jax.tree.map(jnp.subtract, after.params, state.params)
+        assert float(metrics["grad_norm"]) > 0.1
+        assert float(optax.tree.norm(velocities[parts])) == pytest.approx(1e-3 * 0.1, rel=1e-5)
+        # Differences of parameters of order 1 carry their rounding.
+        assert float(optax.tree.norm(moved)) == pytest.approx(1.99 * 1e-3 * 0.1, rel=1e-2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-4), *velocities.values())
+
+
+def test_bad_optimizers_are_refused(small_config):
+    config = small_config()
+    config.optimizer.name = "adam"
+    with pytest.raises(UserError, match=r"unknown optimizer.name 'adam': did you mean 'adamw'\?"):
+        training.make_optimizer(config)
+    config.optimizer.update(name="nag", momentum=1.0)
+    with pytest.raises(UserError, match=r"optimizer.momentum must be at least 0 and below 1, not 1\.0"):
+        training.make_optimizer(config)
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
-"""How both commands start: flags are parsed, and what a user can mend is one line and exit code 2."""
+"""How both commands start: flags and config files are read, and what a user can mend is one line and exit code 2."""
 
 import ctypes
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from wavelet_jax import processes
 from wavelet_jax.errors import UserError
@@ -24,12 +27,41 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:
-        # A config flag runs the config's file and sets its keys, so anything can come out of parsing.
+        # A config flag runs the config's file and sets its keys, so anything can come out of parsing; what the file
+        # itself refuses comes wrapped, with its traceback for a message.
+        while isinstance(error.__context__, UserError):
+            error = error.__context__
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise UserError(" ".join(message.split()) or type(error).__name__) from error
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}: flags are written --name=value")
     return rest
+
+
+def config_file(flag: str) -> Path:
+    """The file of a config flag, without the variant."""
+    return Path(config_flags.get_config_filename(flags.FLAGS[flag]).partition(":")[0])
+
+
+def variants(config: ConfigDict, flag: str) -> dict[str, ConfigDict]:
+    """The configs of `config.compare.variants`, by name: variants of the flag's file, with the command line's changes.
+
+    Raises:
+      UserError: what is named is no name, or is named twice; also what the file raises, where it knows no such variant.
+    """
+    names = config.compare.variants
+    if not names:
+        return {}
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"compare.variants must be names of variants, not {names}")
+    if len(set(names)) < len(names):
+        raise UserError(f"compare.variants names a variant twice: {', '.join(names)}")
+    get_config = runpy.run_path(str(config_file(flag)))["get_config"]
+    changes = config_flags.get_override_values(flags.FLAGS[flag])
+    configs = {name: get_config(name) for name in names}
+    for each in configs.values():
+        each.update_from_flattened_dict({**changes, "compare.variants": ()})
+    return configs
 
 
 def _keep_memory() -> None:

@@ -38,6 +38,9 @@ COLUMNS = (
     "ci_high",
 )
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
+# Keys that an evaluation reads and the first versions' runs did not have.
+LATER_KEYS = ("eval.prefill_chunk", "data.threads", "compare.label", "optimizer.name", "optimizer.warmup_start")
+LATER_KEYS += ("model.vocabulary", "model.adaptive_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +181,11 @@ def evaluate(
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
         config.eval.update(changes or {})
-        for section, key in (("eval", "prefill_chunk"), ("data", "threads")):
-            if key not in config[section]:
-                raise UserError(
-                    f"{workdir}/config.json is of an earlier version, without {section}.{key}: set it there"
-                )
+        missing = [key for key in LATER_KEYS if key not in runs.flatten(config)]
+        if missing:
+            raise UserError(
+                f"{workdir}/config.json is of an earlier version, without {', '.join(missing)}: set them there"
+            )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)
@@ -345,13 +348,11 @@ def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
 
 
 def _labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
-    """The methods; where one occurs twice, with as much of the directories' ends as tells them apart."""
-    methods = [config.position.method for config in configs]
+    """What runs are called; where one name occurs twice, with as much of the directories' ends as tells them apart."""
+    names = [runs.label(config) for config in configs]
     parts = [workdir.resolve().parts for workdir in workdirs]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
     ends = ("/".join(part[-depth:]) for part in parts)
-    return [
-        f"{method} ({end})" if methods.count(method) > 1 else method for method, end in zip(methods, ends, strict=True)
-    ]
+    return [f"{name} ({end})" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]

@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax import positions
+from wavelet_jax.adaptive import AdaptiveVocabulary
 from wavelet_jax.attention import BACKENDS, KEPT, attention, sharded
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.absolute import check_positions
@@ -22,6 +24,7 @@ from wavelet_jax.sharding import ATTENTION_AXES, constrain
 
 NORMS = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}
 ACTIVATIONS = ("swiglu", "relu")
+VOCABULARIES = ("full", "adaptive")
 INITIALIZERS = {"fan_in": nnx.initializers.lecun_normal(), "xavier": nnx.initializers.xavier_uniform()}
 DTYPES = ("float32", "bfloat16")
 # What the blocks keep of a forward pass, beside their inputs, for the backward pass, which computes the rest again.
@@ -158,8 +161,13 @@ class Decoder(nnx.Module):
         self.embedding_scale = np.sqrt(width) if config.model.scale_embedding else 1.0
         self.kv_shape = (config.model.num_kv_heads, config.model.head_dim)
         self.method = make_position(config)
-        self.embedding = nnx.Embed(
-            vocab_size, width, dtype=self.dtype, embedding_init=nnx.initializers.normal(width**-0.5), rngs=rngs
+        self.adaptive = config.model.vocabulary == "adaptive"
+        self.embedding = (
+            AdaptiveVocabulary(config, vocab_size, kernel_init=INITIALIZERS[config.model.initializer], rngs=rngs)
+            if self.adaptive
+            else nnx.Embed(
+                vocab_size, width, dtype=self.dtype, embedding_init=nnx.initializers.normal(width**-0.5), rngs=rngs
+            )
         )
         # Methods without parameters of their own for each layer have one set here, maybe empty.
         self.position = _as_params({} if self.method.per_layer else self.method.init(rngs.params()))
@@ -219,10 +227,21 @@ class Decoder(nnx.Module):
         return jnp.where(wanted <= room, hidden_BxTxE, jnp.nan), (layers, wanted)
 
     def logits(self, hidden_BxTxE) -> jax.Array:
-        """Scores of every word, float32, from hidden states [..., E]."""
+        """Scores of every word, float32, from hidden states [..., E]; log-probabilities with an adaptive vocabulary."""
         with jax.named_scope("head"):
+            if self.adaptive:
+                return self.embedding.log_probs(hidden_BxTxE)
             kernel_ExV = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
             return jnp.dot(hidden_BxTxE, kernel_ExV.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def losses(self, hidden_BxTxE, targets_BxT, *, dropout_key=None) -> jax.Array:
+        """-log p(target) in nats, float32, from hidden states [..., E]: logits of all of them are there at once."""
+        if self.adaptive:
+            with jax.named_scope("head"):
+                return self.embedding.losses(hidden_BxTxE, targets_BxT, dropout_key)
+        logits = self.logits(hidden_BxTxE)
+        with jax.named_scope("loss"):
+            return cross_entropy(logits, targets_BxT)
 
     def _position_params(self) -> dict[str, jax.Array]:
         method_params = self.blocks[0].position if self.method.per_layer else self.position
@@ -284,18 +303,21 @@ def _check(config: ConfigDict) -> None:
         ("norm", NORMS),
         ("activation", ACTIVATIONS),
         ("initializer", INITIALIZERS),
+        ("vocabulary", VOCABULARIES),
         ("dtype", DTYPES),
         ("remat", REMATS),
         ("attention_backend", ("auto", *BACKENDS)),
     ):
         if config.model[name] not in allowed:
             raise unknown(f"model.{name}", config.model[name], allowed)
-    for name in ("dropout", "attention_dropout", "activation_dropout"):
+    for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"):
         if not 0 <= config.model[name] < 1:
             raise UserError(f"model.{name} must be at least 0 and below 1, not {config.model[name]}")
     for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
         if config.model[name] < 1:
             raise UserError(f"model.{name} must be at least 1, not {config.model[name]}")
+    if config.model.vocabulary == "adaptive" and not config.model.tied_head:
+        raise UserError("model.vocabulary 'adaptive' ties its softmax to its input: set model.tied_head to True")
     if config.position.d_model != config.model.d_model:
         raise UserError(f"position.d_model {config.position.d_model} must be model.d_model {config.model.d_model}")
     if config.model.num_heads % config.model.num_kv_heads:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from wavelet_jax import devices, memory, sharding, throughput, training
+from wavelet_jax import devices, memory, runs, sharding, throughput, training
 from wavelet_jax.data.tokenizers import Byte
 from wavelet_jax.errors import UserError
 
@@ -67,27 +67,25 @@ class Usage:
         return self.parameters + self.optimizer + self.other + self.temporaries + self.program
 
 
-def main(config: ConfigDict) -> None:
-    """Prints the plan of a config, for each method where it compares several."""
+def main(configs: Sequence[ConfigDict]) -> None:
+    """Prints the plan of each config."""
     if not 0 < UTILISATION.value <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, not {UTILISATION.value}")
     targets = devices.topology(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
-    vocab_size = vocabulary(config) if VOCAB_SIZE.value is None else VOCAB_SIZE.value
-    if vocab_size < 1:
-        raise UserError(f"--vocab_size must be at least 1, not {vocab_size}")
     title = TOPOLOGY.value or "the devices at hand"
     with devices.compiled_for(targets):
-        for method in config.compare.methods or (config.position.method,):
-            each = config.copy_and_resolve_references()
-            each.position.method = method
-            mesh = sharding.make_mesh(each)
-            sharding.check_batch(each, mesh)
+        for config in configs:
+            vocab_size = vocabulary(config) if VOCAB_SIZE.value is None else VOCAB_SIZE.value
+            if vocab_size < 1:
+                raise UserError(f"--vocab_size must be at least 1, not {vocab_size}")
+            mesh = sharding.make_mesh(config)
+            sharding.check_batch(config, mesh)
             limit = devices.limit(targets[0])
-            usage = compiled(each, vocab_size, mesh)
-            print(table(each, vocab_size, mesh, usage, limit, title, UTILISATION.value), flush=True)
+            usage = compiled(config, vocab_size, mesh)
+            print(table(config, vocab_size, mesh, usage, limit, title, UTILISATION.value), flush=True)
             if limit is not None and usage.total > limit:
                 print("\nwhat would fit:", flush=True)
-                for line in remedies(each, vocab_size, usage, limit):
+                for line in remedies(config, vocab_size, usage, limit):
                     print(f"  {line}", flush=True)
 
 
@@ -237,7 +235,7 @@ def table(
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [
         f"{title}: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
-        f"{config.position.method}, {usage.count:,} parameters ({vocab_size:,} words), {windows:,} windows of "
+        f"{runs.label(config)}, {usage.count:,} parameters ({vocab_size:,} words), {windows:,} windows of "
         f"{length:,} tokens an update, compiled in {usage.seconds:.0f} s",
         "",
         "bytes a device",

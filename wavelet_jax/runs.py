@@ -61,6 +61,11 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
     os.replace(partial, workdir / "config.json")
 
 
+def label(config: ConfigDict) -> str:
+    """What tables and figures call a run."""
+    return config.compare.label or config.position.method
+
+
 def check_folder(folder: Path) -> None:
     """Raises `UserError` where a folder neither is there nor can be made, or cannot be written."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

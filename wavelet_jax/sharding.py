@@ -20,7 +20,8 @@ AXES = ("data", "fsdp", "context", "tensor")
 # moments alike. Paths are those of the parameter tree, "blocks/0/query/kernel". Along `context` all are whole.
 RULES = (
     (r"(^|/)position/", PartitionSpec()),
-    (r"embedding/embedding$", PartitionSpec(None, ("fsdp", "tensor"))),  # the vocabulary need not divide
+    # The vocabulary need not divide; of an adaptive one the narrowest vectors must.
+    (r"embedding/(embedding|words/\d+|projections/\d+)$", PartitionSpec(None, ("fsdp", "tensor"))),
     (r"head/kernel$", PartitionSpec(("fsdp", "tensor"), None)),
     (r"(query|key|value|up|gate)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),

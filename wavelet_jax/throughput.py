@@ -14,12 +14,17 @@ LOST = ("input", "checkpoint", "validation", "compile")  # what keeps the device
 def matrix_parameters(config: ConfigDict, vocab_size: int) -> int:
     """Numbers that every token is multiplied with: projections, feed-forward, and the head (tied or not).
 
-    Embeddings are looked up and norms are no products: neither counts, nor does what a position method learns.
+    Embeddings are looked up and norms are no products: neither counts, nor does what a position method learns. Of an
+    adaptive vocabulary the head and the most frequent words' projection count: what rare words need
+    beside them, or instead, depends on the text.
     """
     width, heads, kv_heads = config.model.d_model, config.model.num_heads, config.model.num_kv_heads
     attention = 2 * width * (heads + kv_heads) * config.model.head_dim
     feed_forward = (3 if config.model.activation == "swiglu" else 2) * width * config.model.d_ff
-    return config.model.num_layers * (attention + feed_forward) + width * vocab_size
+    head = width * vocab_size
+    if config.model.vocabulary == "adaptive":
+        head = width * (width + config.model.cutoffs[0] + len(config.model.cutoffs))
+    return config.model.num_layers * (attention + feed_forward) + head
 
 
 def update_flops(config: ConfigDict, vocab_size: int) -> float:

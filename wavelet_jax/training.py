@@ -15,9 +15,12 @@ from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import Decoder
+from wavelet_jax.nag import nag
 from wavelet_jax.sharding import constrain, into_order, out_of_order, path_of, token_order, tree_shardings
 
 SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "nag")
+_HEAD = 2**31  # the head's dropout key among those of the model, which are counted from 0
 
 
 @flax.struct.dataclass
@@ -49,13 +52,19 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
             after = optax.constant_schedule(peak)
         case other:
             raise unknown("optimizer.schedule", other, SCHEDULES)
-    # The first update counts as 1 of the warm-up: an update at learning rate 0 would be lost.
-    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    # Where no start is given, the first update counts as 1 of the warm-up: an update at learning rate 0 would be lost.
+    start = config.optimizer.warmup_start or peak / (warmup + 1)
+
+    def rising(
+        step: jax.Array,
+    ) -> jax.Array:  # optax's would add a small start to the peak's negative, and round it away
+        return start + (peak - start) * step / warmup
+
     return optax.join_schedules([rising, after], [warmup]) if warmup else after
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping by the global norm."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) or NAG (`wavelet_jax.nag`), with clipping by the global norm."""
 
     def decayed(params):
         def is_matrix(key_path, leaf) -> bool:
@@ -63,45 +72,73 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 
-    adamw = optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.optimizer.b1,
-        b2=config.optimizer.b2,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        mask=decayed,
-    )
+    schedule = learning_rate_schedule(config)
+    match config.optimizer.name:
+        case "adamw":
+            optimizer = optax.adamw(
+                schedule,
+                b1=config.optimizer.b1,
+                b2=config.optimizer.b2,
+                eps=config.optimizer.eps,
+                weight_decay=config.optimizer.weight_decay,
+                mask=decayed,
+            )
+        case "nag":
+            if not 0 <= config.optimizer.momentum < 1:
+                raise UserError(f"optimizer.momentum must be at least 0 and below 1, not {config.optimizer.momentum}")
+            optimizer = nag(schedule, config.optimizer.momentum)
+        case other:
+            raise unknown("optimizer.name", other, OPTIMIZERS)
     clip_norm = config.optimizer.clip_norm
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
 def token_losses(
-    model: Decoder, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, chunk: int, mesh: Mesh | None = None
+    model: Decoder,
+    hidden_BxTxE: jax.Array,
+    targets_BxT: jax.Array,
+    chunk: int,
+    mesh: Mesh | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Cross entropy of every target in nats, [B, T] float32. Logits are held for `chunk` tokens at a time (0: all)."""
+    """Cross entropy of every target in nats, [B, T] float32. Logits are held for `chunk` tokens at a time (0: all).
 
-    def losses(hidden_and_targets) -> jax.Array:
-        hidden, targets = hidden_and_targets
-        logits = model.logits(hidden)
-        with jax.named_scope("loss"):
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    dropout_key: the key that `Decoder.hidden` was given, for the head's own dropout; None turns it off.
+    """
 
+    def losses(hidden_targets_and_key) -> jax.Array:
+        hidden, targets, key = hidden_targets_and_key
+        return model.losses(hidden, targets, dropout_key=key)
+
+    if dropout_key is not None:
+        dropout_key = jax.random.fold_in(dropout_key, _HEAD)
     # Chunks are cut along time, each out of the tokens of every device (P of them along the length): all work on all.
     (batch, length), parts = targets_BxT.shape, 1 if mesh is None else mesh.shape["context"]
     steps = max(1, chunk // (batch * parts)) if chunk else length
     if steps >= length // parts:
-        return losses((hidden_BxTxE, targets_BxT))
+        return losses((hidden_BxTxE, targets_BxT, dropout_key))
     padding = -(length // parts) % steps
+    hidden_BxPxTxE, targets_BxPxT = (
+        x.reshape(batch, parts, length // parts, *x.shape[2:]) for x in (hidden_BxTxE, targets_BxT)
+    )
+    if model.adaptive:
+        # Tokens of rare words come last in each row, so that the tails are computed in the last chunks only.
+        order_BxPxT = jnp.argsort(model.embedding.cluster_of(targets_BxPxT), axis=2)
+        hidden_BxPxTxE = jnp.take_along_axis(hidden_BxPxTxE, order_BxPxT[..., None], axis=2)
+        targets_BxPxT = jnp.take_along_axis(targets_BxPxT, order_BxPxT, axis=2)
 
     def chunks(x: jax.Array) -> jax.Array:  # [chunks, B, P, steps, ..]
-        x = x.reshape(batch, parts, length // parts, *x.shape[2:])
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 3))
         x = jnp.moveaxis(x.reshape(batch, parts, -1, steps, *x.shape[3:]), 2, 0)
         return constrain(x, mesh, None, "batch", "length", *[None] * (x.ndim - 3))
 
-    by_chunk = jax.lax.map(jax.checkpoint(losses), (chunks(hidden_BxTxE), chunks(targets_BxT)))
-    losses_BxPxT = jnp.moveaxis(by_chunk, 0, 2).reshape(batch, parts, -1)
-    return losses_BxPxT[:, :, : length // parts].reshape(batch, length)
+    hidden, targets = chunks(hidden_BxPxTxE), chunks(targets_BxPxT)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, len(targets))
+    by_chunk = jax.lax.map(jax.checkpoint(losses), (hidden, targets, keys))
+    losses_BxPxT = jnp.moveaxis(by_chunk, 0, 2).reshape(batch, parts, -1)[:, :, : length // parts]
+    if model.adaptive:
+        losses_BxPxT = jnp.take_along_axis(losses_BxPxT, jnp.argsort(order_BxPxT, axis=2), axis=2)
+    return losses_BxPxT.reshape(batch, length)
 
 
 def shapes(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
@@ -183,7 +220,7 @@ def make_train_step(
             segment_ids, counted = into_order(segment_ids, mesh), into_order(counted, mesh)
         positions = token_order(inputs.shape[1], mesh)
         hidden = model.hidden(inputs, positions=positions, segment_ids=segment_ids, dropout_key=key, mesh=mesh)
-        losses = token_losses(model, hidden, targets, config.train.logits_chunk, mesh)
+        losses = token_losses(model, hidden, targets, config.train.logits_chunk, mesh, dropout_key=key)
         return jnp.sum(losses, where=counted) / count
 
     def train_step(state: State, windows: jax.Array) -> tuple[State, dict[str, jax.Array]]:
