@@ -114,7 +114,8 @@ def _document_keys(config) -> list[str]:
         case "text":
             return ["text", config.data.document]
         case "jsonl":
-            return ["jsonl", config.data.text_field]
+            fields = [config.data.text_field, config.data.validation_text_field]
+            return ["jsonl", *filter(None, fields)]
         case _:
             splits = [config.data.train_split, config.data.validation_split]
             return ["tfds", tfds_sets.full_name(config), config.data.text_field, *splits]
