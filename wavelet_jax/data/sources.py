@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -12,7 +11,7 @@ import os
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -113,12 +112,12 @@ def _expand(patterns: str, key: str) -> list[str]:
     return sorted(files)
 
 
-def digests(files: Iterable[str]) -> list[str]:
-    """A SHA-256 for each file, over its bytes as they are on disk and over how they will be unpacked."""
+def digests(files: Iterable[str], sha256: Callable[[str], str]) -> list[str]:
+    """For each file, the SHA-256 of its bytes as they are on disk and how they will be unpacked."""
     result = []
     for file in files:
-        with _readable(file), open(file, "rb") as raw:
-            result.append(hashlib.file_digest(raw, "sha256").hexdigest() + _compression(file))
+        with _readable(file):
+            result.append(sha256(file) + _compression(file))
     return result
 
 
