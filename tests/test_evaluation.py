@@ -283,7 +283,9 @@ def test_another_text_that_changes_the_tokenizer_is_refused(small_config, text_f
     (tmp_path / "a.txt").write_text("one two")
     (tmp_path / "b.txt").write_text("three")
     (tmp_path / "c.txt").write_text("four")
-    config.data.update(train_files=str(tmp_path / "[ab].txt"), tokenizer="word", validation_fraction=0.5, document="line")
+    config.data.update(
+        train_files=str(tmp_path / "[ab].txt"), tokenizer="word", validation_fraction=0.5, document="line"
+    )
     config.data.validation_fraction = next(  # one that holds out one of the two
         fraction for fraction in np.linspace(0.01, 0.99, 99) if _held_out(fraction) == 1
     )

@@ -1,7 +1,8 @@
 """Loss far past the training length: three protocols, the same scored tokens, intervals, a stamp on every number.
 
-The validation stream is cut to M tokens, a multiple of the longest length, or sequences of the longest length are drawn
-from it. Every protocol scores each of the M targets exactly once at every length, so that curves compare like with like.
+The validation stream is cut to M tokens, a multiple of the longest length, or sequences of that length are drawn from
+it (`scored_text.py`). Every protocol scores each of the M targets exactly once at every length, so that curves compare
+like with like.
 """
 
 import csv
@@ -107,7 +108,9 @@ def plan_text(text: ScoredText, length: int, protocol: str, *, stride: int, trai
     blocks = plan_blocks(text.length, length, protocol, stride=stride, train_length=train_length)
     starts = range(0, text.count * (text.length + 1), text.length + 1)
     return [
-        Block(start + block.start, start + block.first_scored, start + block.stop) for start in starts for block in blocks
+        Block(start + block.start, start + block.first_scored, start + block.stop)
+        for start in starts
+        for block in blocks
     ]
 
 
@@ -199,9 +202,7 @@ def evaluate(
                 )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
-    corpus, text = check(
-        configs, workdirs, lengths=lengths, protocol=protocol, stride=stride, other_text=other_text
-    )
+    corpus, text = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride, other_text=other_text)
     # At least ten stretches to draw from, or the sequences.
     unit = text.length if text.count > 1 else min(max(lengths), text.num_targets // 10) or 1
     for workdir in workdirs:

@@ -49,8 +49,8 @@ def draw(stream: np.ndarray, count: int, length: int, *, seed: int) -> ScoredTex
     there = len(stream) // (length + 1)
     if count > there:
         raise UserError(
-            f"the validation text has {len(stream):,} tokens, which are {there} sequences of {length} and one more, and "
-            f"eval.sequences is {count}: lower it or the longest length, or give more text"
+            f"the validation text has {len(stream):,} tokens, which are {there} sequences of {length} and one more, "
+            f"and eval.sequences is {count}: lower it or the longest length, or give more text"
         )
     chosen = np.sort(np.random.default_rng(seed).choice(there, count, replace=False))
     tokens = stream[: there * (length + 1)].reshape(there, length + 1)[chosen].reshape(-1)

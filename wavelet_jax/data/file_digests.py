@@ -1,4 +1,4 @@
-"""Digests of files, kept from one start to the next: reading a large text only to see that it is the same takes minutes."""
+"""Digests of files, kept from one start to the next: reading a large text to see that it is the same takes minutes."""
 
 import contextlib
 import hashlib

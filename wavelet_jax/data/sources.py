@@ -196,8 +196,7 @@ def _json_text(line: str, field: str, key: str, place: str) -> str:
         raise UserError(f"{place} is not JSON ({error}): set config.data.source to 'text' for plain text") from error
     if not isinstance(record, dict):
         raise UserError(
-            f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} "
-            f"({key})"
+            f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} ({key})"
         )
     if field not in record:
         raise UserError(f"{place}: {unknown(key, field, record)}")

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, words by the WikiText convention, byte-level BPE, SentencePiece. A small class each, alike outside.
+"""Tokenizers: bytes, words by the WikiText convention, byte-level BPE, SentencePiece: small classes, alike outside.
 
 name: the stamp on figures; unit: what a token is; vocab_size; end: the id after each document, None for none;
 encode(text) -> ids, without the end; decode(ids) -> text; dump() -> what `restore` needs to make it again.
@@ -253,8 +253,8 @@ def specification(config) -> list:
             model = SentencePiece.of(config)
             if size not in (0, model.vocab_size):
                 raise UserError(
-                    f"config.data.vocab_size is {size}, and config.data.tokenizer_file has {model.vocab_size} pieces: set "
-                    "it to that, or to 0"
+                    f"config.data.vocab_size is {size}, and config.data.tokenizer_file has {model.vocab_size} pieces: "
+                    "set it to that, or to 0"
                 )
             return [name, model.digest]
         case _:

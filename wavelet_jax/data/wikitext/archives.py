@@ -25,7 +25,15 @@ from wavelet_jax.errors import UserError, unknown
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # by TFDS's names, as the members have them
 _ADDRESS = "https://wikitext.smerity.com/"  # of the data set's first author; the first one, on S3, is gone
 _HEADING = re.compile(r" = (?!= ).* = \n")
-_READ_ERRORS = (OSError, EOFError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError, NotImplementedError, RuntimeError)
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    UnicodeDecodeError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +131,9 @@ def check(name: str, archive: Path) -> None:
     found, words = {}, {LINE_END, UNKNOWN}
     for split in SPLITS:
         found[split] = 0
-        reading = tqdm(lines(name, archive, split), f"checking {split}", unit=" lines", delay=1, leave=False, disable=None)
+        reading = tqdm(
+            lines(name, archive, split), f"checking {split}", unit=" lines", delay=1, leave=False, disable=None
+        )
         for line in reading:
             tokens = line.split()  # as the word tokenizer does
             found[split] += len(tokens) + 1
@@ -175,4 +185,6 @@ def _readable(archive: Path) -> Iterator[None]:
     except UserError:
         raise
     except _READ_ERRORS as error:
-        raise UserError(f"cannot read {archive} as a zip archive of UTF-8 text: {error or type(error).__name__}") from error
+        raise UserError(
+            f"cannot read {archive} as a zip archive of UTF-8 text: {error or type(error).__name__}"
+        ) from error
