@@ -3,6 +3,9 @@
     python eval.py --workdir=runs/quickstart/wavelet --workdir=runs/quickstart/rope \
         --lengths=128,512,2048 --protocol=sliding_window --stride=64 --out=runs/sliding
 
+The text is the validation text of the runs; `--validation_split=test` takes the test split of a TFDS data set, and
+`--validation_files` other files. `--sequences=100` scores 100 sequences of the longest length, drawn from all of it.
+
 Before it starts it says what memory and time it will take, and refuses what does not fit.
 """
 
@@ -20,6 +23,11 @@ STRIDE = flags.DEFINE_integer("stride", 0, "of sliding_window, tokens; 0 for hal
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "instead of the runs' eval.max_tokens")
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "instead of the runs' eval.batch_tokens")
 PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", None, "instead of the runs' eval.prefill_chunk")
+SEQUENCES = flags.DEFINE_integer("sequences", None, "instead of the runs' eval.sequences")
+SEQUENCE_SEED = flags.DEFINE_integer("sequence_seed", None, "instead of the runs' eval.sequence_seed")
+VALIDATION_SPLIT = flags.DEFINE_string("validation_split", None, "another text than the runs': data.validation_split")
+VALIDATION_FILES = flags.DEFINE_string("validation_files", None, "the same: data.validation_files")
+VALIDATION_TEXT_FIELD = flags.DEFINE_string("validation_text_field", None, "its data.validation_text_field")
 OUT = flags.DEFINE_string("out", None, "directory for the results")
 
 
@@ -36,8 +44,14 @@ def main() -> None:
         protocol=PROTOCOL.value,
         stride=STRIDE.value,
         out=Path(OUT.value),
-        changes={flag.name: flag.value for flag in (MAX_TOKENS, BATCH_TOKENS, PREFILL_CHUNK) if flag.value is not None},
+        changes=_given(MAX_TOKENS, BATCH_TOKENS, PREFILL_CHUNK, SEQUENCES, SEQUENCE_SEED),
+        other_text=_given(VALIDATION_SPLIT, VALIDATION_FILES, VALIDATION_TEXT_FIELD),
     )
+
+
+def _given(*those: flags.FlagHolder) -> dict:
+    """The flags that were given, {name: value}."""
+    return {flag.name: flag.value for flag in those if flag.value is not None}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax.data import Windows, corpus, load_corpus, sources, tokenizers
+from wavelet_jax.data import Windows, corpus, file_digests, load_corpus, sources, tokenizers
 from wavelet_jax.errors import UserError
 
 # Twelve documents of one line each; which of them are validation at a fraction of 0.3 was written down once.
@@ -35,12 +35,14 @@ def make_config(cache: Path, **keys) -> ConfigDict:
         "train_files": "",
         "validation_files": "",
         "text_field": "text",
+        "validation_text_field": "",
         "document": "file",
         "tfds_dir": "no_data_sets",
         "train_split": "train",
         "validation_split": "validation",
         "validation_fraction": 0.3,
         "tokenizer": "byte",
+        "tokenizer_file": "",
         "vocab_size": 0,
         "threads": 4,
     }
@@ -203,6 +205,77 @@ def test_tokenizer_comes_back_from_the_cache(load, lines, builds, name, size):
     assert second.tokenizer.decode(second.tokenizer.encode(text)) == text
 
 
+@pytest.fixture(scope="module")
+def piece_model(tmp_path_factory) -> Path:
+    """A small SentencePiece model with Llama's options: BPE, bytes for what is not in it, text left as it is."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "text").write_text("\n".join(LINES) * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+def test_sentencepiece(load, write, piece_model):
+    """The library's own ids, `</s>` after each document and nowhere else, and any text comes back."""
+    import sentencepiece
+
+    strange = "  two  blanks\n\n\ttab, naïve 猫 🐈 </s> <s> <unk> \x01 \u2028 end "
+    keys = {"train_files": write("train.txt", LINES[0] + "\n" + LINES[1]), "validation_files": write("v.txt", strange)}
+    loaded = load(tokenizer="sentencepiece", tokenizer_file=piece_model, document="line", **keys)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(piece_model))
+    expected = [[*library.encode(line), library.eos_id()] for line in LINES[:2]]
+    assert loaded.train.tolist() == [*expected[0], *expected[1]]
+    assert loaded.train_ends.tolist() == np.cumsum([len(line) for line in expected]).tolist()
+    assert len(loaded.train) < 0.75 * len(LINES[0] + LINES[1])
+    tokenizer = loaded.tokenizer
+    assert (tokenizer.name, tokenizer.vocab_size, loaded.unit) == ("sentencepiece 340", 340, "token")
+    assert tokenizer.decode(loaded.train) == f"{LINES[0]}</s>{LINES[1]}</s>"
+    whole = load(tokenizer="sentencepiece", tokenizer_file=piece_model, **keys)
+    assert whole.validation.tolist().count(library.eos_id()) == 1
+    assert library.unk_id() not in whole.validation.tolist()
+    assert tokenizer.decode(whole.validation) == strange + "</s>"
+    assert tokenizer.encode("").tolist() == []
+
+
+def test_sentencepiece_model_is_known_by_its_content(load, lines, builds, piece_model, tmp_path):
+    """Wherever it lies it is the same; another is another corpus; and what is kept needs the file no more."""
+    keys = {"train_files": lines, "document": "line", "tokenizer": "sentencepiece"}
+    first = load(tokenizer_file=piece_model, **keys)
+    moved = tmp_path / "moved.model"
+    moved.write_bytes(piece_model.read_bytes())
+    again = load(tokenizer_file=moved, vocab_size=340, **keys)
+    assert len(builds) == 1
+    assert again.fingerprint == first.fingerprint
+    other = tmp_path / "other.model"
+    # A field that the library does not know, which changes the file and nothing else.
+    other.write_bytes(piece_model.read_bytes() + b"\xf8\x7f\x01")
+    assert load(tokenizer_file=other, **keys).fingerprint != first.fingerprint
+    assert len(builds) == 2
+    kept = tokenizers.restore(make_config(tmp_path, tokenizer="sentencepiece"), first.tokenizer.dump())
+    assert kept.encode(LINES[3]).tolist() == first.tokenizer.encode(LINES[3]).tolist()
+    with pytest.raises(
+        UserError, match=r"config.data.vocab_size is 341, and config.data.tokenizer_file has 340 pieces"
+    ):
+        load(tokenizer_file=piece_model, vocab_size=341, **keys)
+
+
+def test_sentencepiece_is_an_extra(load, lines, piece_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"pip install 'wavelet-jax\[sentencepiece\]'"):
+        load(train_files=lines, document="line", tokenizer="sentencepiece", tokenizer_file=piece_model)
+
+
 # Sources
 
 
@@ -284,6 +357,35 @@ def test_json_lines(load, write, suffix):
         document="line",
     )
     assert loaded.train.tolist() == byte_ids("eins\nzwei", "drei ?")
+
+
+def test_published_layouts_of_json_lines(load, write):
+    """RedPajama's sample (a file a source, "text" and "meta") to train on, CodeParrot's "content" to evaluate on."""
+    for name, text in (("arxiv", "\\section{One}"), ("c4", "two"), ("cc_2019-30", "drei\n")):
+        record = {"text": text, "meta": {"url": "u", "timestamp": "t", "language": "en"}, "red_pajama_subset": name}
+        write(f"sample/{name}_sample.jsonl", json.dumps(record) + "\n")
+    record = {"repo_name": "a/b", "path": "c.py", "copies": "1", "size": "7", "content": "print()\n", "license": "mit"}
+    record |= {"hash": 3, "line_mean": 7.0, "line_max": 7, "alpha_frac": 0.7, "autogenerated": False}
+    valid = write("valid/file-000000000054.json.gz", json.dumps(record) + "\n")
+    loaded = load(
+        source="jsonl",
+        train_files=valid.parent.parent / "sample/*_sample.jsonl",
+        validation_files=valid.parent / "file-*.json.gz",
+        validation_text_field="content",
+    )
+    assert loaded.train.tolist() == byte_ids("\\section{One}", "two", "drei\n")
+    assert loaded.validation.tolist() == byte_ids("print()\n")
+
+
+def test_another_field_is_another_corpus(load, write, builds):
+    record = json.dumps({"text": "a", "content": "b"})
+    keys = {
+        "source": "jsonl",
+        "train_files": write("t.jsonl", '{"text": "t"}'),
+        "validation_files": write("v.jsonl", record),
+    }
+    read = [load(validation_text_field=field, **keys).validation.tolist() for field in ("", "content", "text")]
+    assert read == [byte_ids("a"), byte_ids("b"), byte_ids("a")]
 
 
 # The split
@@ -370,6 +472,59 @@ def test_fingerprint_is_that_of_the_tokens(load, write, lines, builds):
     ]
     assert len({plain.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
     assert len(builds) == 2 + len(others)
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """A list with one entry for every file whose digest was made by reading it; all files count as at rest."""
+    read, digest = [], file_digests.hashlib.file_digest
+    monkeypatch.setattr(file_digests.hashlib, "file_digest", lambda *arguments: (read.append(1), digest(*arguments))[1])
+    monkeypatch.setattr(file_digests, "_AT_REST", -1)
+    return read
+
+
+def test_digests_of_files_at_rest_are_kept(load, lines, builds, readings, monkeypatch):
+    """Neither the text nor the tokens are read again, unless they are not at rest."""
+    first = load(train_files=lines, document="line")
+    load(train_files=lines, document="line")
+    del readings[:]
+    again = load(train_files=lines, document="line")
+    assert not readings
+    assert again.fingerprint == first.fingerprint
+    monkeypatch.setattr(file_digests, "_AT_REST", 1000)
+    for name in (*lines.parent.glob("cache/.digests.json"),):
+        name.unlink()
+    for _ in range(2):
+        load(train_files=lines, document="line")
+    assert len(readings) == 2 * 6  # the text and five files of tokens
+    assert len(builds) == 1
+
+
+def test_changes_of_files_at_rest_are_seen(load, write, builds, warnings, readings, tmp_path):
+    """Of the same size and with its times set back; and one that took the place of another."""
+    path, other = write("t.txt", "abcd"), write("v.txt", "v")
+    keys = {"train_files": path, "validation_files": other}
+    for _ in range(2):
+        load(**keys)
+    before = os.stat(path)
+    time.sleep(0.05)  # more than the clock's step
+    path.write_text("abcx")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load(**keys).train.tolist() == byte_ids("abcx")
+    replacement = write("new.txt", "abcy")
+    os.utime(replacement, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(replacement, path)
+    assert load(**keys).train.tolist() == byte_ids("abcy")
+    assert len(builds) == 3
+    (tmp_path / "cache" / ".digests.json").write_text('{"a": ')
+    assert load(**keys).train.tolist() == byte_ids("abcy")
+    tokens = next(
+        folder for folder in folders(tmp_path / "cache")[0] if (folder / "train.bin").read_bytes()[6] == ord("y")
+    )
+    time.sleep(0.05)
+    damage_byte(tokens)
+    assert load(**keys).validation.tolist() == byte_ids("v")
+    assert "is damaged" in warnings[0]
 
 
 def damage_cut(folder):
@@ -670,6 +825,7 @@ FILES = {
     "one.txt": "one document",
     "blank.txt": " \n\n",
     "binary.txt": b"PK\0\0",
+    "empty": b"",
     "cut.txt.gz": b"",
     "not.txt.gz": b"",
     "not.txt.xz": b"",
@@ -691,6 +847,13 @@ FILES = {
         ({"tokenizer": "bpe", "vocab_size": 256}, ["config.data.vocab_size is 256", "257"]),
         ({"tokenizer": "word", "vocab_size": 1}, ["config.data.vocab_size is 1", "2 or more"]),
         ({"tokenizer": "word", "vocab_size": -5}, ["config.data.vocab_size is -5"]),
+        ({"tokenizer": "sentencepiece"}, ["config.data.tokenizer_file is empty", "tokenizer.model"]),
+        (
+            {"tokenizer": "sentencepiece", "tokenizer_file": "no.model"},
+            ["cannot read config.data.tokenizer_file", "no.model"],
+        ),
+        ({"tokenizer": "sentencepiece", "tokenizer_file": "good.txt"}, ["good.txt is no SentencePiece model"]),
+        ({"tokenizer": "sentencepiece", "tokenizer_file": "empty"}, ["empty is no SentencePiece model: it is empty"]),
         ({"cache_dir": ""}, ["config.data.cache_dir is empty"]),
         ({"cache_dir": "good.txt"}, ["cannot write the token cache", "config.data.cache_dir"]),
         ({"validation_fraction": 0.0}, ["config.data.validation_fraction is 0.0", "config.data.validation_files"]),
@@ -736,6 +899,20 @@ FILES = {
             ["list.jsonl line 1", "is a JSON list", "config.data.text_field"],
         ),
         ({"source": "jsonl", "train_files": "syntax.jsonl"}, ["syntax.jsonl line 2 is not JSON", "config.data.source"]),
+        ({"validation_text_field": "b"}, ["config.data.validation_text_field goes with JSON lines"]),
+        (
+            {"source": "jsonl", "train_files": "one.jsonl", "validation_text_field": "content"},
+            ["config.data.validation_text_field goes with JSON lines in config.data.validation_files"],
+        ),
+        (
+            {
+                "source": "jsonl",
+                "train_files": "one.jsonl",
+                "validation_files": "field.jsonl",
+                "validation_text_field": "ext",
+            },
+            ["field.jsonl line 1: unknown config.data.validation_text_field 'ext': did you mean 'text'?"],
+        ),
     ],
 )
 def test_bad_input(write, tmp_path, monkeypatch, keys, fragments):

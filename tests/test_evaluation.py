@@ -2,15 +2,21 @@
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import default
-from wavelet_jax import evaluation, figures
+from wavelet_jax import checkpoint, evaluation, figures, runs, scored_text, sharding, training
+from wavelet_jax.data import load_corpus
+from wavelet_jax.data.corpus import in_validation
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import Block, Curve, plan_blocks
 
@@ -180,3 +186,120 @@ def test_runs_of_one_method_are_told_apart():
 def test_length_past_the_validation_text_is_refused():
     with pytest.raises(UserError, match="length 256 is longer than the validation text, which has 255 tokens to score"):
         evaluation._num_targets(default.get_config(), 255, 256)
+
+
+# Drawn sequences
+
+
+def test_drawn_sequences_are_stretches_of_the_stream_and_share_no_token():
+    stream = np.arange(1000, 1500)
+    text = scored_text.draw(stream, 20, 9, seed=3)
+    sequences = text.tokens.reshape(20, 10)
+    assert (text.count, text.length, text.num_targets) == (20, 9, 180)
+    assert (np.diff(sequences, axis=1) == 1).all()
+    assert len(set(text.tokens)) == 200
+    assert (np.diff(sequences[:, 0]) > 0).all()
+    assert set(text.tokens) <= set(stream)
+    assert text.description == "20 sequences of 9 targets, drawn by seed 3 from 50"
+
+
+def test_drawn_sequences_are_those_of_the_seed():
+    stream = np.arange(501)
+    firsts = [tuple(scored_text.draw(stream, 10, 9, seed=seed).tokens[::10]) for seed in (0, 0, 1, 2)]
+    assert firsts[0] == firsts[1]
+    assert len(set(firsts)) == 3
+    drawn = np.concatenate([scored_text.draw(stream, 10, 9, seed=seed).tokens[::10] for seed in range(200)])
+    assert set(drawn) == set(range(0, 500, 10))  # each of the 50, first and last too
+    # Of 2,000 draws each is expected 40 times, give or take a binomial's 5.7: five of them.
+    assert np.abs(np.unique(drawn, return_counts=True)[1] - 40).max() < 5 * 5.7
+    assert scored_text.draw(stream, 50, 9, seed=0).tokens.tolist() == list(range(500))
+
+
+def test_more_sequences_than_there_are_are_refused():
+    message = "has 501 tokens, which are 50 sequences of 9 and one more, and eval.sequences is 51"
+    with pytest.raises(UserError, match=message):
+        scored_text.draw(np.arange(501), 51, 9, seed=0)
+
+
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
+@pytest.mark.parametrize("length", [3, 5, 12])
+def test_sequences_are_scored_each_on_its_own(protocol, length):
+    """At every length the same targets, none with context of another sequence, in batches over several of them."""
+    text = scored_text.draw(np.arange(100, 400), 7, 12, seed=0)
+    sequences = text.tokens.reshape(7, 13)
+    first_of = {token: sequence[0] for sequence in sequences for token in sequence}
+
+    def losses_of(batch):  # the target; every token that a row reads must be of its first one's sequence
+        for row in batch:
+            read = row[: np.count_nonzero(row)]
+            assert len({first_of[token] for token in read}) <= 1
+        return batch[:, 1:].astype(np.float32)
+
+    blocks = evaluation.plan_text(text, length, protocol, stride=2, train_length=4)
+    losses, positions = evaluation.score(losses_of, text.tokens, blocks, batch_tokens=30)
+    np.testing.assert_array_equal(losses, sequences[:, 1:].ravel())
+    assert positions.max() == {"non_overlapping": min(length, 4)}.get(protocol, length) - 1
+
+
+def test_one_sequence_is_the_head_of_the_stream():
+    text = scored_text.head(np.arange(100), 24)
+    assert text.tokens.tolist() == list(range(25))
+    for protocol in evaluation.PROTOCOLS:
+        options = {"stride": 3, "train_length": 4}
+        assert evaluation.plan_text(text, 8, protocol, **options) == plan_blocks(24, 8, protocol, **options)
+
+
+def test_a_run_is_scored_on_sequences_of_another_text(small_config, text_files, tmp_path):
+    """The losses are those of the model on the drawn sequences, each in a batch of its own tokens alone."""
+    config = small_config("nope")
+    config.model.num_layers = 1
+    config.data.validation_files = str(text_files / "0*.txt")
+    config.data.train_files = str(text_files / "[1-4]*.txt")
+    corpus, mesh = load_corpus(config), sharding.make_mesh(config)
+    graphdef, shapes = training.shapes(config, corpus.tokenizer.vocab_size, mesh)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), shapes)
+    runs.save_config(tmp_path / "run", config)
+    with checkpoint.open_manager(tmp_path / "run", config) as manager:
+        checkpoint.save(manager, state, windows=0, fingerprint=corpus.fingerprint)
+    other = {"validation_files": str(text_files / "5*.txt")}
+    curves = evaluation.evaluate(
+        [tmp_path / "run"],
+        lengths=[32],
+        protocol="full_length",
+        out=tmp_path / "out",
+        changes={"sequences": 3, "sequence_seed": 5},
+        other_text=other,
+    )
+    config.data.update(other)
+    drawn = scored_text.draw(load_corpus(config).validation, 3, 32, seed=5).tokens.reshape(3, 33).astype(np.int32)
+    eval_step = quick_jit(training.make_eval_step(config, graphdef, mesh))
+    # Losses of about 6 nats from float32 logits, compiled in another way.
+    np.testing.assert_allclose(curves[0].losses, np.ravel(eval_step(state.params, drawn)), rtol=0, atol=1e-4)
+    stamp = json.loads((tmp_path / "out" / "stamp.json").read_text())
+    assert stamp["text"].startswith("3 sequences of 32 targets, drawn by seed 5 from ")
+    assert stamp["text"].endswith(f"validation_files={other['validation_files']}")
+    assert "3 stretches of 32 tokens" in stamp["interval"]
+    assert stamp["corpus"] == corpus.fingerprint
+
+
+def test_another_text_that_changes_the_tokenizer_is_refused(small_config, text_files, tmp_path):
+    """Without files of its own the validation text was part of the train files, whose words are the vocabulary."""
+    config = small_config()
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "b.txt").write_text("three")
+    (tmp_path / "c.txt").write_text("four")
+    config.data.update(
+        train_files=str(tmp_path / "[ab].txt"), tokenizer="word", validation_fraction=0.5, document="line"
+    )
+    config.data.validation_fraction = next(  # one that holds out one of the two
+        fraction for fraction in np.linspace(0.01, 0.99, 99) if _held_out(fraction) == 1
+    )
+    corpus = load_corpus(config)
+    with pytest.raises(UserError, match=r"config.data.validation_files='.*c.txt' would change the train text"):
+        scored_text.with_other_text(config, corpus, {"validation_files": str(tmp_path / "c.txt")})
+    assert scored_text.with_other_text(config, corpus, {}) is corpus
+
+
+def _held_out(fraction: float) -> int:
+    return sum(in_validation(text, fraction) for text in ("one two", "three"))

@@ -1,7 +1,8 @@
 """Loss far past the training length: three protocols, the same scored tokens, intervals, a stamp on every number.
 
-The validation stream is cut to M tokens, a multiple of the longest length. Every protocol scores each of the M targets
-exactly once at every length, so that curves compare like with like.
+The validation stream is cut to M tokens, a multiple of the longest length, or sequences of that length are drawn from
+it (`scored_text.py`). Every protocol scores each of the M targets exactly once at every length, so that curves compare
+like with like.
 """
 
 import csv
@@ -18,11 +19,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, processes, runs
+from wavelet_jax import checkpoint, forecast, processes, runs, scored_text
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
 from wavelet_jax.positions.absolute import check_positions
+from wavelet_jax.scored_text import ScoredText
 
 PROTOCOLS = ("full_length", "non_overlapping", "sliding_window")
 COLUMNS = (
@@ -39,8 +41,11 @@ COLUMNS = (
 )
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
 # Keys that an evaluation reads and the first versions' runs did not have.
-LATER_KEYS = ("eval.prefill_chunk", "data.threads", "compare.label", "optimizer.name", "optimizer.warmup_start")
-LATER_KEYS += ("model.vocabulary", "model.adaptive_dropout")
+LATER_KEYS = (
+    *("eval.prefill_chunk", "eval.sequences", "eval.sequence_seed", "data.threads", "data.tokenizer_file"),
+    *("data.validation_text_field", "compare.label", "optimizer.name", "optimizer.warmup_start"),
+    *("model.vocabulary", "model.adaptive_dropout"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,17 @@ def plan_blocks(num_targets: int, length: int, protocol: str, *, stride: int, tr
     raise unknown("protocol", protocol, PROTOCOLS)
 
 
+def plan_text(text: ScoredText, length: int, protocol: str, *, stride: int, train_length: int) -> list[Block]:
+    """`plan_blocks` of every sequence of a text, as places in all its tokens."""
+    blocks = plan_blocks(text.length, length, protocol, stride=stride, train_length=train_length)
+    starts = range(0, text.count * (text.length + 1), text.length + 1)
+    return [
+        Block(start + block.start, start + block.first_scored, start + block.stop)
+        for start in starts
+        for block in blocks
+    ]
+
+
 def batch_shape(blocks: Sequence[Block], batch_tokens: int) -> tuple[int, int]:
     """(B, L) of the batches that blocks are scored in: L is that of the longest, L times B at most `batch_tokens`."""
     longest = max(block.stop - block.start for block in blocks)
@@ -118,15 +134,14 @@ def score(
 
     Args:
       losses_of: tokens [B, L+1] -> the loss of every target, [B, L], in nats; always called with one shape.
-      tokens: the stream.
-      blocks: from `plan_blocks`.
+      tokens: the stream, or the sequences of a `ScoredText`.
+      blocks: from `plan_blocks` or `plan_text`.
       batch_tokens: L times B is at most this, or B is 1.
 
     Returns:
-      Losses [M] float32 and places in their blocks [M] int32, in the order of the stream.
+      Losses [M] float32 and places in their blocks [M] int32, in the order of the blocks, which is that of the tokens.
     """
-    num_targets = max(block.stop for block in blocks)
-    losses, positions = np.full(num_targets, np.nan, np.float32), np.zeros(num_targets, np.int32)
+    losses, positions = [], []
     batch_size, longest = batch_shape(blocks, batch_tokens)
     for first in range(0, len(blocks), batch_size):
         batch = blocks[first : first + batch_size]
@@ -137,9 +152,9 @@ def score(
         by_position = np.asarray(losses_of(padded))
         for row, block in zip(by_position, batch, strict=False):
             scored = slice(block.first_scored - block.start, block.stop - block.start)
-            losses[block.first_scored : block.stop] = row[scored]
-            positions[block.first_scored : block.stop] = np.arange(scored.start, scored.stop)
-    return losses, positions
+            losses.append(row[scored].copy())  # not all of the batch
+            positions.append(np.arange(scored.start, scored.stop, dtype=np.int32))
+    return np.concatenate(losses).astype(np.float32), np.concatenate(positions)
 
 
 def bootstrap_interval(losses: np.ndarray, unit: int, *, resamples: int, seed: int) -> tuple[float, float]:
@@ -162,6 +177,7 @@ def evaluate(
     out: Path,
     stride: int = 0,
     changes: Mapping[str, int] | None = None,
+    other_text: Mapping[str, str] | None = None,
 ) -> list[Curve]:
     """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
 
@@ -174,6 +190,7 @@ def evaluate(
       out: where the results go.
       stride: of the sliding window, tokens; 0 for half of each length.
       changes: values of keys of `config.eval` instead of the runs' own.
+      other_text: values of keys of `config.data` that name another validation text, read by the runs' tokenizer.
 
     Raises:
       UserError: before anything is computed or written, for what cannot be evaluated.
@@ -188,8 +205,9 @@ def evaluate(
             )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
-    corpus, num_targets = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride)
-    unit = min(max(lengths), num_targets // 10) or 1  # at least ten stretches to draw from
+    corpus, text = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride, other_text=other_text)
+    # At least ten stretches to draw from, or the sequences.
+    unit = text.length if text.count > 1 else min(max(lengths), text.num_targets // 10) or 1
     for workdir in workdirs:
         if checkpoint.latest_step(workdir) is None:
             raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
@@ -199,14 +217,14 @@ def evaluate(
         work = {}
         for length in lengths:
             moved = strides[workdir, length] = _stride(config, protocol, length, stride)
-            blocks = plan_blocks(num_targets, length, protocol, stride=moved, train_length=config.train.length)
+            blocks = plan_text(text, length, protocol, stride=moved, train_length=config.train.length)
             batch_size, longest = batch_shape(blocks, config.eval.batch_tokens)
             work[length] = forecast.Work(-(-len(blocks) // batch_size), batch_size, longest)
             blocks_of[workdir, length] = blocks
         jobs.append(forecast.prepare(config, workdir, label, corpus, work))
     jobs = [forecast.timed(job) for job in jobs]  # after the memory of all of them has been seen to be there
     if processes.is_first():
-        print(forecast.table(jobs, num_targets), file=sys.stderr)
+        print(forecast.table(jobs, text.num_targets), file=sys.stderr)
 
     curves = []
     for job in jobs:
@@ -217,7 +235,7 @@ def evaluate(
             with forecast.progress(job, length, f"{job.label} (update {step:,}) at {length:,}") as done:
                 losses, positions = score(
                     functools.partial(losses_of, done=done),
-                    corpus.validation,
+                    text.tokens,
                     blocks_of[job.workdir, length],
                     batch_tokens=config.eval.batch_tokens,
                 )
@@ -226,22 +244,24 @@ def evaluate(
             )
             moved = strides[job.workdir, length]
             curves.append(Curve(job.label, protocol, config.train.length, length, moved, losses, positions, interval))
+    stretches = f"{text.num_targets // unit} stretches of {unit} tokens"
     stamp = {
         "protocol": protocol,
         "lengths": lengths,
         "stride": sorted({curve.stride for curve in curves}),
-        "tokens_scored": num_targets,
+        "tokens_scored": text.num_targets,
+        "text": text.description + "".join(f", {key}={value}" for key, value in (other_text or {}).items()),
         "tokenizer": corpus.tokenizer.name,
         "unit": corpus.unit,
         "corpus": corpus.fingerprint,
-        "interval": f"95%, {configs[0].eval.resamples} resamples of {num_targets // unit} stretches of {unit} tokens",
+        "interval": f"95%, {configs[0].eval.resamples} resamples of {stretches}",
         "runs": [str(workdir) for workdir in workdirs],
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
     if processes.is_first():
         write(curves, stamp, out)
-        print(table(curves, stamp))
+        print(table(curves, stamp), f"scored: {stamp['text']}", sep="\n")
         print("\nwritten:", *(out / name for name in WRITTEN), sep="\n  ")
     return curves
 
@@ -282,12 +302,18 @@ def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
 
 
 def check(
-    configs: Sequence[ConfigDict], workdirs: Sequence[Path], *, lengths: Sequence[int], protocol: str, stride: int = 0
-) -> tuple[Corpus, int]:
+    configs: Sequence[ConfigDict],
+    workdirs: Sequence[Path],
+    *,
+    lengths: Sequence[int],
+    protocol: str,
+    stride: int = 0,
+    other_text: Mapping[str, str] | None = None,
+) -> tuple[Corpus, ScoredText]:
     """What can be known to fail before anything is trained or computed.
 
     Returns:
-      The runs' corpus, and how many of its validation targets are scored.
+      The runs' corpus, with the other validation text where there is one, and what is scored of it.
 
     Raises:
       UserError: lengths, protocol or stride that make no sense, positions past a table, texts that differ or are short.
@@ -310,6 +336,8 @@ def check(
                 "eval.max_tokens": (config.eval.max_tokens, 0),
                 "eval.batch_tokens": (config.eval.batch_tokens, 1),
                 "eval.prefill_chunk": (config.eval.prefill_chunk, 0),
+                "eval.sequences": (config.eval.sequences, 0),
+                "eval.sequence_seed": (config.eval.sequence_seed, 0),
                 "eval.resamples": (config.eval.resamples, 1),
             }
         )
@@ -325,7 +353,12 @@ def check(
         raise UserError(
             f"these runs read different texts or tokenizers, so their losses do not compare: {', '.join(read)}"
         )
-    return corpora[0], _num_targets(configs[0], len(corpora[0].validation) - 1, max(lengths))
+    corpus = scored_text.with_other_text(configs[0], corpora[0], other_text)
+    if configs[0].eval.sequences:
+        count, seed = configs[0].eval.sequences, configs[0].eval.sequence_seed
+        return corpus, scored_text.draw(corpus.validation, count, max(lengths), seed=seed)
+    num_targets = _num_targets(configs[0], len(corpus.validation) - 1, max(lengths))
+    return corpus, scored_text.head(corpus.validation, num_targets)
 
 
 def _stride(config: ConfigDict, protocol: str, length: int, stride: int) -> int:

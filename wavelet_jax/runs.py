@@ -26,7 +26,7 @@ _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the d
 # text itself is known by its fingerprint, wherever its files lie; a run that skip_nonfinite stopped may be let on).
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
 FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
-FREE_KEYS += ("data.train_files", "data.validation_files")
+FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

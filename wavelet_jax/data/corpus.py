@@ -15,13 +15,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from wavelet_jax.data import sources, tfds_sets, tokenizers
+from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
 from wavelet_jax.errors import UserError
 
 _FORMAT = 2  # raise it when other code would make other tokens of the same text
@@ -66,13 +66,20 @@ def load_corpus(config) -> Corpus:
     tokenizer = tokenizers.specification(config)
     if not config.data.cache_dir:
         raise UserError("config.data.cache_dir is empty: name a folder for the tokenised text")
+    cache = Path(os.path.expanduser(config.data.cache_dir)).absolute()
+    with file_digests.kept(cache) as sha256:
+        return _load(config, cache, tokenizer, sha256)
+
+
+def _load(config, cache: Path, tokenizer: list, sha256: Callable[[str | Path], str]) -> Corpus:
+    """The same, with the cache folder, what `tokenizers.specification` said, and what reads the digest of a file."""
     files = sources.find_files(config)
     if not files["validation"] and not 0 < config.data.validation_fraction < 1:
         raise UserError(
             f"config.data.validation_fraction is {config.data.validation_fraction}: set it between 0 and 1, or name "
             f"config.data.validation_{_kind(config)}"
         )
-    digests = {split: sources.digests(names) for split, names in files.items()}
+    digests = {split: sources.digests(names, sha256) for split, names in files.items()}
     if not sources.is_tfds(config):  # whose splits may share a file, and share no example
         _check_overlap(files, digests)
     made_from = {
@@ -83,16 +90,15 @@ def load_corpus(config) -> Corpus:
         **digests,
     }
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
-    cache = Path(os.path.expanduser(config.data.cache_dir)).absolute()
-    corpus = _open(config, cache / key)
+    corpus = _open(config, cache / key, sha256)
     if corpus is not None:
         return corpus
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f".{key}.lock", wait=True) as held:
             _remove_leftovers(cache, key if held else None)
-            corpus = _open(config, cache / key)  # another process may have made it while this one waited
-            return corpus or _build(config, cache, key, files, digests)
+            corpus = _open(config, cache / key, sha256)  # another process may have made it while this one waited
+            return corpus or _build(config, cache, key, files, digests, sha256)
     except OSError as error:  # those of reading the text are `UserError`s by now
         raise UserError(f"cannot write the token cache ({error}): set config.data.cache_dir elsewhere") from error
 
@@ -114,7 +120,8 @@ def _document_keys(config) -> list[str]:
         case "text":
             return ["text", config.data.document]
         case "jsonl":
-            return ["jsonl", config.data.text_field]
+            fields = [config.data.text_field, config.data.validation_text_field]
+            return ["jsonl", *filter(None, fields)]
         case _:
             splits = [config.data.train_split, config.data.validation_split]
             return ["tfds", tfds_sets.full_name(config), config.data.text_field, *splits]
@@ -142,16 +149,23 @@ def _documents(config, files: dict[str, list[str]], label: str) -> Iterator[tupl
             yield "validation", document
 
 
-def _build(config, cache: Path, key: str, files: dict[str, list[str]], digests: dict[str, list[str]]) -> Corpus:
+def _build(
+    config,
+    cache: Path,
+    key: str,
+    files: dict[str, list[str]],
+    digests: dict[str, list[str]],
+    sha256: Callable[[str | Path], str],
+) -> Corpus:
     """Makes the corpus in a temporary folder and moves it into place."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{key}{_TMP}", dir=cache))
     try:
         made = temporary / "new"
         made.mkdir()
-        _write(config, made, files)
-        if {split: sources.digests(names) for split, names in files.items()} != digests:
+        _write(config, made, files, sha256)
+        if {split: sources.digests(names, sha256) for split, names in files.items()} != digests:
             raise UserError("the files of config.data changed while they were read: start again")
-        corpus = _open(config, made)  # its maps stay whatever happens to the name
+        corpus = _open(config, made, sha256)  # its maps stay whatever happens to the name
         if corpus is None:
             raise OSError(errno.EIO, "what was written reads back otherwise", str(cache))
         with contextlib.suppress(FileNotFoundError):
@@ -167,7 +181,7 @@ def _build(config, cache: Path, key: str, files: dict[str, list[str]], digests: 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(config, folder: Path, files: dict[str, list[str]]) -> None:
+def _write(config, folder: Path, files: dict[str, list[str]], sha256: Callable[[str | Path], str]) -> None:
     """Writes `_FILES` and, last, meta.json, document by document."""
 
     def train_documents() -> Iterator[str]:
@@ -198,7 +212,7 @@ def _write(config, folder: Path, files: dict[str, list[str]]) -> None:
         _flush(file)
     meta = {"tokenizer": tokenizer.name, "dtype": dtype.str, "documents": documents, "tokens": tokens}
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
-        json.dump({**meta, "fingerprint": _fingerprint(folder, dtype.str)}, file, indent=1)
+        json.dump({**meta, "fingerprint": _fingerprint(folder, dtype.str, sha256)}, file, indent=1)
         _flush(file)
 
 
@@ -263,23 +277,22 @@ def _kind(config) -> str:
     return "split" if sources.is_tfds(config) else "files"
 
 
-def _fingerprint(folder: Path, dtype: str) -> str:
+def _fingerprint(folder: Path, dtype: str, sha256: Callable[[str | Path], str]) -> str:
     """The digest of the streams, the ends and the tokenizer, from the files."""
     digest = hashlib.sha256(dtype.encode())
     for name in _FILES:
-        with open(folder / name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(folder / name)))
     return digest.hexdigest()
 
 
-def _open(config, folder: Path) -> Corpus | None:
+def _open(config, folder: Path, sha256: Callable[[str | Path], str]) -> Corpus | None:
     """The corpus in a folder of the cache; None where there is none, or (with a warning) a damaged one."""
     if not folder.exists():
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        # Reading all of it costs what hashing the source files did, and finds what a size cannot show.
-        if _fingerprint(folder, meta["dtype"]) != meta["fingerprint"]:
+        # Finds what a size cannot show.
+        if _fingerprint(folder, meta["dtype"], sha256) != meta["fingerprint"]:
             raise ValueError("its files are not those that were written")
         tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
         streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -12,7 +11,7 @@ import os
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -30,11 +29,15 @@ _LEFT_OUT_FOLDERS = {"test", "tests", "__pycache__", "site-packages", "dist-pack
 
 
 def check(config) -> None:
-    """Raises `UserError` where `config.data.source` or `config.data.document` is not known."""
+    """Raises `UserError` where the source or the kind of document is not known, or a key goes with another source."""
     if config.data.source not in SOURCES and not is_tfds(config):
         raise unknown("config.data.source", config.data.source, (*SOURCES, tfds_sets.PREFIX + "NAME"))
     if config.data.document not in DOCUMENTS:
         raise unknown("config.data.document", config.data.document, DOCUMENTS)
+    if config.data.validation_text_field and not (config.data.source == "jsonl" and config.data.validation_files):
+        raise UserError(
+            "config.data.validation_text_field goes with JSON lines in config.data.validation_files: leave it empty"
+        )
 
 
 def is_tfds(config) -> bool:
@@ -109,12 +112,12 @@ def _expand(patterns: str, key: str) -> list[str]:
     return sorted(files)
 
 
-def digests(files: Iterable[str]) -> list[str]:
-    """A SHA-256 for each file, over its bytes as they are on disk and over how they will be unpacked."""
+def digests(files: Iterable[str], sha256: Callable[[str], str]) -> list[str]:
+    """For each file, the SHA-256 of its bytes as they are on disk and how they will be unpacked."""
     result = []
     for file in files:
-        with _readable(file), open(file, "rb") as raw:
-            result.append(hashlib.file_digest(raw, "sha256").hexdigest() + _compression(file))
+        with _readable(file):
+            result.append(sha256(file) + _compression(file))
     return result
 
 
@@ -137,7 +140,7 @@ def documents(config, split: str, files: list[str], label: str) -> Iterator[str]
         for file in files:
             before = bar.n
             with _readable(file), open(file, "rb") as raw, _unpack(file, raw) as text:
-                for document in _split(config, file, text):
+                for document in _split(config, split, file, text):
                     bar.update(before + raw.tell() - bar.n)
                     if document.strip():
                         yield document
@@ -166,12 +169,15 @@ def _unpack(file: str, raw: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="\n")
 
 
-def _split(config, file: str, text: io.TextIOWrapper) -> Iterator[str]:
-    """The documents of one open file."""
+def _split(config, split: str, file: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """The documents of one open file of a split."""
     if config.data.source == "jsonl":
+        field, key = config.data.text_field, "config.data.text_field"
+        if split == "validation" and config.data.validation_text_field:
+            field, key = config.data.validation_text_field, "config.data.validation_text_field"
         for number, line in enumerate(text, start=1):
             if line.strip():
-                yield _json_text(line, config.data.text_field, f"{file} line {number}")
+                yield _json_text(line, field, key, f"{file} line {number}")
     elif config.data.source == "python" or config.data.document == "file":
         yield text.read()
     elif config.data.document == "line":
@@ -182,22 +188,21 @@ def _split(config, file: str, text: io.TextIOWrapper) -> Iterator[str]:
                 yield "".join(lines).rstrip("\r\n")
 
 
-def _json_text(line: str, field: str, place: str) -> str:
-    """The text of one JSON line; `place` is named in errors."""
+def _json_text(line: str, field: str, key: str, place: str) -> str:
+    """The text in a field of one JSON line; the key that named the field and `place` are for errors."""
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place} is not JSON ({error}): set config.data.source to 'text' for plain text") from error
     if not isinstance(record, dict):
         raise UserError(
-            f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} "
-            "(config.data.text_field)"
+            f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} ({key})"
         )
     if field not in record:
-        raise UserError(f"{place}: {unknown('config.data.text_field', field, record)}")
+        raise UserError(f"{place}: {unknown(key, field, record)}")
     if not isinstance(record[field], str):
         raise UserError(
-            f"{place}: field {field!r} is {type(record[field]).__name__}, not text: set config.data.text_field to "
+            f"{place}: field {field!r} is {type(record[field]).__name__}, not text: set {key} to "
             f"another of {', '.join(record)}"
         )
     # JSON can escape half of a surrogate pair, which UTF-8 cannot hold.

@@ -19,6 +19,8 @@ PREFIX = "tfds:"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _AHEAD = 64  # records read ahead of the one that is tokenised; a book of pg19 has some 400 KB
+# Builders that come with this package, and their configurations: `python -m wavelet_jax.data.NAME` prepares them.
+OWN = {"wikitext": ("wikitext2", "wikitext103")}
 
 
 def full_name(config) -> str:
@@ -135,6 +137,9 @@ def _folder(config) -> Path:
             f"{source} comes in configurations, and {', '.join(configs)} are prepared in {_root(config)}: set "
             f"config.data.source to '{PREFIX}{match['name']}/{configs[0]}' or another"
         )
+    if match["name"] in OWN and match["config"] not in OWN[match["name"]]:
+        ours = (f"{PREFIX}{match['name']}/{each}" for each in OWN[match["name"]])
+        raise unknown("config.data.source", source, ours)
     _check_known(config, match["name"])
     raise UserError(f"{source} is not prepared in config.data.tfds_dir {_root(config)}: {_command(config)}")
 
@@ -152,6 +157,12 @@ def _versions(base: Path, between: str = "") -> list[Path]:
 def _command(config) -> str:
     """What prepares the data set. Not ours to do: it may take hours, a licence, TensorFlow or Beam."""
     name = config.data.source.removeprefix(PREFIX)
+    match = _NAME.fullmatch(name)
+    if match["name"] in OWN:
+        return (
+            f"prepare it once with: python -m wavelet_jax.data.{match['name']} --name={match['config']} "
+            f"--tfds_dir='{_root(config)}'"
+        )
     return (
         'prepare it once with: python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{_root(config)}', file_format='array_record').download_and_prepare()\""
@@ -164,7 +175,7 @@ def _check_known(config, name: str) -> None:
 
     prepared = {path.parent.name for path in _versions(_root(config), "*")}
     prepared |= {path.parent.parent.name for path in _versions(_root(config), os.path.join("*", "*"))}
-    known = prepared.union(tfds.list_builders(with_community_datasets=False))
+    known = prepared.union(OWN, tfds.list_builders(with_community_datasets=False))
     if name not in known:
         near = difflib.get_close_matches(
             name, sorted(known), n=1, cutoff=0.5

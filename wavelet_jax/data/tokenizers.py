@@ -1,12 +1,15 @@
-"""Tokenizers: bytes, words by the WikiText convention, byte-level BPE. A small class each, with the same attributes.
+"""Tokenizers: bytes, words by the WikiText convention, byte-level BPE, SentencePiece: small classes, alike outside.
 
 name: the stamp on figures; unit: what a token is; vocab_size; end: the id after each document, None for none;
 encode(text) -> ids, without the end; decode(ids) -> text; dump() -> what `restore` needs to make it again.
 """
 
+import base64
 import collections
+import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,7 +18,7 @@ import tokenizers
 
 from wavelet_jax.errors import UserError, unknown
 
-TOKENIZERS = ("byte", "word", "bpe")
+TOKENIZERS = ("byte", "word", "bpe", "sentencepiece")
 END = "<|endoftext|>"  # how the end of a document looks when decoded; the same letters in a text are plain text
 UNKNOWN, LINE_END = "<unk>", "</s>"
 
@@ -150,14 +153,83 @@ class BPE:
         return self._model.to_str()
 
 
-Tokenizer = Byte | Word | BPE
+class SentencePiece:
+    """A SentencePiece model, such as Llama's tokenizer.model; it comes trained.
+
+    Its own `</s>` ends each document, and no `<s>` begins one. A text that spells either is plain text. `decode` gives
+    text back as the model normalizes it: Llama's leaves it alone; others may drop white space, or know no bytes and
+    have U+2047 for a letter that they never saw.
+    """
+
+    unit = "token"
+
+    def __init__(self, model: bytes, origin: str):
+        """Takes the bytes of a model's file, and what errors call it.
+
+        Raises:
+          UserError: no such model, one without an end of a document, or the package is missing.
+        """
+        try:
+            import sentencepiece  # an extra of its own; the other tokenizers do without
+        except ImportError as error:
+            raise UserError(
+                "config.data.tokenizer 'sentencepiece' needs a package more: pip install 'wavelet-jax[sentencepiece]'"
+            ) from error
+        try:
+            if not model:  # which the library takes for "no model yet"
+                raise ValueError("it is empty")
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{origin} is no SentencePiece model: {' '.join(str(error).split())}") from error
+        self._bytes, self.vocab_size, self.end = model, self._model.get_piece_size(), self._model.eos_id()
+        if self.end < 0:
+            raise UserError(f"{origin} has no end of a document (</s>)")
+        self.name = f"sentencepiece {self.vocab_size}"
+        self._dtype = id_dtype(self.vocab_size)
+
+    @classmethod
+    def of(cls, config) -> "SentencePiece":
+        """The model of `config.data.tokenizer_file`. Raises `UserError` for one that cannot be had."""
+        path = os.path.expanduser(config.data.tokenizer_file)
+        if not path:
+            raise UserError(
+                "config.data.tokenizer is 'sentencepiece' and config.data.tokenizer_file is empty: name a model's file "
+                "there, such as Llama's tokenizer.model"
+            )
+        try:
+            with open(path, "rb") as file:
+                return cls(file.read(), f"config.data.tokenizer_file {path}")
+        except OSError as error:
+            raise UserError(f"cannot read config.data.tokenizer_file: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._model.encode(text), self._dtype)
+
+    def decode(self, ids: np.ndarray) -> str:
+        parts = [[]]
+        for i in map(int, ids):
+            if i == self.end:
+                parts.append([])
+            else:
+                parts[-1].append(i)
+        return self._model.id_to_piece(self.end).join(map(self._model.decode, parts))
+
+    def dump(self) -> str:
+        return base64.b64encode(self._bytes).decode()
+
+
+Tokenizer = Byte | Word | BPE | SentencePiece
 
 
 def specification(config) -> list:
     """What, beside the text, decides which tokens come out: a JSON value.
 
     Raises:
-      UserError: unknown tokenizer, or a `config.data.vocab_size` that it cannot have.
+      UserError: unknown tokenizer, a `config.data.vocab_size` that it cannot have, or a model that cannot be read.
     """
     name, size = config.data.tokenizer, config.data.vocab_size
     match name:
@@ -177,6 +249,14 @@ def specification(config) -> list:
                     "document) or more, such as 4096"
                 )
             return [name, size, tokenizers.__version__]  # another version may learn other merges
+        case "sentencepiece":
+            model = SentencePiece.of(config)
+            if size not in (0, model.vocab_size):
+                raise UserError(
+                    f"config.data.vocab_size is {size}, and config.data.tokenizer_file has {model.vocab_size} pieces: "
+                    "set it to that, or to 0"
+                )
+            return [name, model.digest]
         case _:
             raise unknown("config.data.tokenizer", name, TOKENIZERS)
 
@@ -188,6 +268,8 @@ def train(config, documents: Callable[[], Iterable[str]]) -> Tokenizer:
             return Word.train(documents(), config.data.vocab_size)
         case "bpe":
             return BPE.train(documents(), config.data.vocab_size)
+        case "sentencepiece":
+            return SentencePiece.of(config)
         case _:
             return Byte()
 
@@ -199,5 +281,7 @@ def restore(config, dumped: str) -> Tokenizer:
             return Word(json.loads(dumped))
         case "bpe":
             return BPE(tokenizers.Tokenizer.from_str(dumped))
+        case "sentencepiece":
+            return SentencePiece(base64.b64decode(dumped), "the kept tokenizer")
         case _:
             return Byte()
