@@ -95,7 +95,7 @@ def wavelet_matrix(angles: np.ndarray, k: int) -> np.ndarray:
 def haar_matrix(d: int) -> np.ndarray:
     """A.3's Haar matrix [d, d], Eq. (24): blocks [[1, -1], [1, 1]] / sqrt(2), each a wavelet row and a scaling row.
 
-    As printed, the last scaling row has a minus sign; with it the rows of that block would not be orthogonal.
+    As printed, the last scaling row has a minus sign, which would make it equal to the wavelet row above it.
     """
     if d < 2 or d % 2:
         raise UserError(f"the Haar matrix has blocks of 2: d {d} must be even and at least 2")
