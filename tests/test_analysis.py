@@ -74,7 +74,7 @@ def test_f_and_delta_are_those_of_the_existence_proof(m, d):
     assert ((0 <= delta) & (delta < 1)).all()
     np.testing.assert_allclose(theory.f(delta, k), angles, rtol=4 * EPS, atol=0)
     # 1 + delta loses the digits of delta below 2^-52.
-    np.testing.assert_allclose(theory.f(1 + delta, k), angles, rtol=0, atol=2 * EPS * 2 * math.pi * k)
+    np.testing.assert_allclose(theory.f(1 + delta, k), angles, rtol=0, atol=4 * EPS * 2 * math.pi * k)
 
 
 @pytest.mark.parametrize("m", [0, 3, 20, 1000])
@@ -90,7 +90,7 @@ def test_the_wavelets_have_zero_mean_and_unit_energy(wavelet, m):
     assert not values[(t < 0) | (t >= 2)].any()
 
 
-@given(angles=st.lists(st.floats(0, 40 * math.pi, exclude_max=True), min_size=1, max_size=16))
+@given(angles=st.lists(st.floats(0, 40 * math.pi - 1e-9), min_size=1, max_size=16))
 def test_any_angles_have_their_wavelet_matrix(angles):
     """What the argument shows is no property of RoPE's frequencies: any 2 x 2 rotations are such a matrix."""
     matrix = theory.wavelet_matrix(np.array(angles), 20)
@@ -153,8 +153,10 @@ def test_alibi_windows_are_those_of_the_softmax(slope, share, length):
     assert 0 <= t < length
     assert reached[t] >= share - 1e-9
     assert t == 0 or reached[t - 1] < share + 1e-9
-    if slope * length > 40:  # the rest of an endless text weighs less than a rounding
-        assert windows.alibi_window(slope, share) == t or abs(reached[t] - share) < 1e-9
+    endless = windows.alibi_window(slope, share)
+    assert endless >= t
+    assert math.exp(-slope * (endless + 1)) <= 1 - share + 1e-9  # what lies past it
+    assert math.exp(-slope * endless) > 1 - share - 1e-9
 
 
 @given(slope=st.floats(1e-3, 2), threshold=st.floats(1e-5, 0.5))

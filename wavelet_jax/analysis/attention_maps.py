@@ -6,7 +6,6 @@ by distance. So a text of L tokens takes the memory of its cache and of a block,
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -119,7 +118,6 @@ class Program:
       steps: by the number of rows of a block.
       cache_layers: shapes of the layers of the cache.
       bytes: what they take of memory, with the process as it is and what is kept on the host.
-      build_seconds: what tracing and compiling took.
     """
 
     layers: tuple[int, ...]
@@ -130,7 +128,6 @@ class Program:
     steps: dict[int, jax.stages.Compiled]
     cache_layers: list
     bytes: int
-    build_seconds: float
 
 
 def build(
@@ -149,7 +146,6 @@ def build(
     Raises:
       UserError: they need more memory than there is.
     """
-    begin = time.perf_counter()
     cell = -(-length // pixels)
     everywhere = sharding.everywhere(mesh)
 
@@ -171,15 +167,15 @@ def build(
         steps[rows] = step.lower(abstract_params, cache, number, tokens, number).compile()
     cells_a_side = -(-length // cell)
     on_host = len(layers) * len(heads) * (8 * length + 4 * cells_a_side**2)
-    needed = memory.in_use() + max(map(memory.needed, steps.values())) + on_host
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    needed = memory.in_use() + max(map(memory.needed, steps.values())) + memory.kept(cache_bytes) + on_host
     limit, owner = memory.available()
     if needed > limit:
         raise UserError(
             f"attention at length {length:,} would take {memory.shown(needed)} of memory, and {owner} has "
             f"{memory.shown(limit)}: choose a lower --length, or fewer --layers and --heads"
         )
-    seconds = time.perf_counter() - begin
-    return Program(tuple(layers), tuple(heads), length, cell, parts, steps, cache, needed, seconds)
+    return Program(tuple(layers), tuple(heads), length, cell, parts, steps, cache, needed)
 
 
 def measure(

@@ -79,7 +79,8 @@ def wavelet_matrix(angles: np.ndarray, k: int) -> np.ndarray:
       k: `turns(m)`.
 
     Returns:
-      float64, each entry within about 2 k pi (d + 1) 2^-53 of exact: t - b_j is rounded to 2^-53 (d + 1).
+      float64, each entry within about 2 k pi (d + 1) 2^-53 of exact: t - b_j is rounded to 2^-53 (d + 1). An angle within
+      that of 2 k pi may fall on the other side of a jump; no whole m below 10^7 does, with d up to 128.
 
     Raises:
       UserError: an angle outside [0, 2 k pi).
