@@ -71,7 +71,7 @@ def test_f_and_delta_are_those_of_the_existence_proof(m, d):
     assert (k - 1) * 2 * math.pi <= m < k * 2 * math.pi
     angles = theory.rotation_angles(m, d)
     delta = theory.delta(angles, k)
-    assert ((0 <= delta) & (delta < 1)).all()
+    assert ((delta >= 0) & (delta < 1)).all()
     np.testing.assert_allclose(theory.f(delta, k), angles, rtol=4 * EPS, atol=0)
     # 1 + delta loses the digits of delta below 2^-52.
     np.testing.assert_allclose(theory.f(1 + delta, k), angles, rtol=0, atol=4 * EPS * 2 * math.pi * k)
@@ -242,13 +242,13 @@ def test_probabilities_are_the_softmax_of_the_scores(method):
         query, weights, output, cache = read(model, tokens[:, start : start + 6], cache)
         blocks.append((np.asarray(query[0], np.float64), np.asarray(weights[0]), output[0]))
     key, value = (np.asarray(array[0, :, 0], np.float64) for array in cache[0][0])
-    query, weights, output = (np.concatenate(parts, axis) for parts, axis in zip(zip(*blocks, strict=True), (0, 1, 0), strict=True))
+    query, weights, output = (
+        np.concatenate(parts, axis) for parts, axis in zip(zip(*blocks, strict=True), (0, 1, 0), strict=True)
+    )
     expected = np.zeros((2, 12, 12))
     for head in range(2):
         for m in range(12):
-            scores = [
-                oracle.score(method, {}, params, head, 2, query[m, head], key[n], m, n) for n in range(m + 1)
-            ]
+            scores = [oracle.score(method, {}, params, head, 2, query[m, head], key[n], m, n) for n in range(m + 1)]
             exponentials = np.exp(np.array(scores) - max(scores))
             expected[head, m, : m + 1] = exponentials / exponentials.sum()
     # Scores of up to some ten in float32, and wavelets within 1e-6.

@@ -76,7 +76,7 @@ def make_block_step(graphdef: nnx.GraphDef, layers: Sequence[int], heads: Sequen
     """(params, cache's layers, start, tokens [1, T], first counted) -> (cache's layers, highest, mass).
 
     highest: [layers, heads, ceil(T / cell), ceil(S / cell)], the largest probability of each cell.
-    mass: [layers, heads, T + S], column e the sum over counted queries of the probability at distance start + T - 1 - e.
+    mass: [layers, heads, T + S], column e the sum over counted queries of the probability at distance start + T-1 - e.
     """
     chosen = np.array(heads)
 
@@ -95,7 +95,7 @@ def make_block_step(graphdef: nnx.GraphDef, layers: Sequence[int], heads: Sequen
 
 
 def cells(weights_HxTxS: jax.Array, cell: int) -> jax.Array:
-    """The largest of every `cell` x `cell` entries, [H, ceil(T / cell), ceil(S / cell)]; probabilities, so at least 0."""
+    """The largest of every `cell` x `cell` entries, which are at least 0: [H, ceil(T / cell), ceil(S / cell)]."""
     heads, rows, columns = weights_HxTxS.shape
     padded = jnp.pad(weights_HxTxS, ((0, 0), (0, -rows % cell), (0, -columns % cell)))
     return jnp.max(padded.reshape(heads, -(-rows // cell), cell, -(-columns // cell), cell), axis=(2, 4))

@@ -12,7 +12,6 @@ from wavelet_jax.analysis.attention_maps import Maps
 from wavelet_jax.figures import COLOURS, MARKERS, plt  # after matplotlib has been told to write files only
 from wavelet_jax.positions.alibi import slopes
 
-
 # Keys after the query, which it cannot see; below the threshold (the paper's yellow, paler); the threshold or more.
 HIDDEN, BELOW, ABOVE = "white", "#F5E9A8", "black"
 

@@ -1,7 +1,7 @@
 """RoPE as a wavelet transform along the head dimension: the paper's section 3 and appendices A.1 to A.4, in float64.
 
-For one position m, RoPE multiplies a query or key of d numbers by a matrix of d/2 rotations. The paper reads its rows as
-a wavelet with a fixed scale, shifted along the d numbers. Here are that wavelet, its shifts and the matrix made of them;
+For one position m, RoPE multiplies a query or key of d numbers by a matrix of d/2 rotations. The paper reads its rows
+as a wavelet of one scale, shifted along the d numbers. Here are that wavelet, its shifts and the matrix made of them;
 tests/test_analysis.py shows that it is RoPE's. `docs/rope_as_wavelet.md` says what the argument needs.
 
 Positions are whole numbers m >= 0; a head has d numbers, d even, counted from 0. Equation numbers are the paper's.
@@ -79,8 +79,8 @@ def wavelet_matrix(angles: np.ndarray, k: int) -> np.ndarray:
       k: `turns(m)`.
 
     Returns:
-      float64, each entry within about 2 k pi (d + 1) 2^-53 of exact: t - b_j is rounded to 2^-53 (d + 1). An angle within
-      that of 2 k pi may fall on the other side of a jump; no whole m below 10^7 does, with d up to 128.
+      float64, each entry within about 2 k pi (d + 1) 2^-53 of exact: t - b_j is rounded to 2^-53 (d + 1). An angle so
+      close to 2 k pi may fall on the other side of a jump; no whole m below 10^7 does, with d up to 128.
 
     Raises:
       UserError: an angle outside [0, 2 k pi).

@@ -1,9 +1,11 @@
 """How far positions alone let a head look: ALiBi's slopes and wavelets' scales as windows, without a model."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +15,7 @@ from wavelet_jax.wavelets import support, wavelet_position
 SHARES = (0.5, 0.9, 0.99)  # of the mass, that a window is stated for
 # Wavelets whose support is longer than this are not summed up: their windows are past any text.
 LONGEST = 2**24
+_PART = 1024  # distances that are evaluated at a time
 
 
 def alibi_window(slope: float, share: float, length: int | None = None) -> int:
@@ -79,13 +82,20 @@ def wavelet_windows(method: Wavelet, shares: Sequence[float] = SHARES) -> list[S
         if reach is None or reach > LONGEST:
             found.append(ScaleWindow(float(scale), None, (None,) * len(shares)))
             continue
-        mass = np.zeros(reach + 1)
-        for shift in np.unique(its_shifts):
-            one = np.array([scale]), np.array([shift])
-            table = wavelet_position(jnp.arange(reach + 1), *one, method.mother, method.t_sign)
-            mass += np.sum(its_shifts == shift) * np.abs(np.asarray(table, np.float64)[:, 0])
+        parts = [
+            _heights(np.int32(first), np.full_like(its_shifts, scale), its_shifts, method.mother, method.t_sign)
+            for first in range(0, reach + 1, _PART)
+        ]
+        mass = np.concatenate(parts)[: reach + 1]
         found.append(ScaleWindow(float(scale), reach, tuple(distance_of(mass, share) for share in shares)))
     return found
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _heights(first: jax.Array, scales: jax.Array, shifts: jax.Array, mother: str | Callable, t_sign: str) -> jax.Array:
+    """The sum over wavelets of |p[t, j]| at the `_PART` distances from `first` on: one program for any reach."""
+    distance = first + jnp.arange(_PART, dtype=jnp.int32)
+    return jnp.sum(jnp.abs(wavelet_position(distance, scales, shifts, mother, t_sign)), axis=-1)
 
 
 def distance_of(mass_T: np.ndarray, share: float) -> int | None:
