@@ -42,9 +42,17 @@ COLUMNS = (
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
 # Keys that an evaluation reads and the first versions' runs did not have.
 LATER_KEYS = (
-    *("eval.prefill_chunk", "eval.sequences", "eval.sequence_seed", "data.threads", "data.tokenizer_file"),
-    *("data.validation_text_field", "compare.label", "optimizer.name", "optimizer.warmup_start"),
-    *("model.vocabulary", "model.adaptive_dropout"),
+    "eval.prefill_chunk",
+    "eval.sequences",
+    "eval.sequence_seed",
+    "data.threads",
+    "data.tokenizer_file",
+    "data.validation_text_field",
+    "compare.label",
+    "optimizer.name",
+    "optimizer.warmup_start",
+    "model.vocabulary",
+    "model.adaptive_dropout",
 )
 
 

@@ -93,9 +93,7 @@ class Block(nnx.Module):
         keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
 
         with jax.named_scope("attention"):
-            h_BxTxE = self.attention_norm(x_BxTxE)
-            split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
-            query_BxTxHxD, key_BxSxKxD, value_BxSxKxD = (split(f(h_BxTxE)) for f in (self.query, self.key, self.value))
+            query_BxTxHxD, key_BxSxKxD, value_BxSxKxD = self.project(x_BxTxE)
             if cache is not None:  # positions are then the first of consecutive ones, and slots the keys' positions
                 start = (0, query_positions, 0, 0)
                 key_BxSxKxD = jax.lax.dynamic_update_slice(cache[0], key_BxSxKxD, start)
@@ -136,6 +134,12 @@ class Block(nnx.Module):
             h_BxTxF = constrain(h_BxTxF, mesh, "batch", "length", "width")
             x_BxTxE += _dropout(self.dropout, self.down(_dropout(self.activation_dropout, h_BxTxF, keys[2])), keys[3])
         return constrain(x_BxTxE, mesh, "batch", "length", None), (key_BxSxKxD, value_BxSxKxD)
+
+    def project(self, x_BxTxE):
+        """Queries [B, T, H, D], keys and values [B, T, K, D] of the layer's input, before any rotation."""
+        h_BxTxE = self.attention_norm(x_BxTxE)
+        split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
+        return tuple(split(f(h_BxTxE)) for f in (self.query, self.key, self.value))
 
 
 class Decoder(nnx.Module):
@@ -189,7 +193,14 @@ class Decoder(nnx.Module):
         )
 
     def hidden(
-        self, tokens_BxT, *, positions=None, segment_ids=None, dropout_key=None, mesh: Mesh | None = None
+        self,
+        tokens_BxT,
+        *,
+        positions=None,
+        segment_ids=None,
+        dropout_key=None,
+        mesh: Mesh | None = None,
+        nudge_BxTxE=None,
     ) -> jax.Array:
         """The last layer's output [B, T, E], normed where the config says so.
 
@@ -200,16 +211,23 @@ class Decoder(nnx.Module):
           dropout_key: a key for the dropout rates of the config; None turns dropout off.
           mesh: says how activations are divided over its devices, with tokens and positions in the order of
             `sharding.token_order`; None: the compiler sees to it.
+          nudge_BxTxE: added to the embeddings, so that a gradient by what a token brings can be taken; None: nothing.
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        return self._run(tokens_BxT, positions, positions, segment_ids=segment_ids, dropout_key=dropout_key, mesh=mesh)[
-            0
-        ]
+        return self._run(
+            tokens_BxT,
+            positions,
+            positions,
+            segment_ids=segment_ids,
+            dropout_key=dropout_key,
+            mesh=mesh,
+            nudge_BxTxE=nudge_BxTxE,
+        )[0]
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `extend` with room for `length` tokens."""
-        check_positions(length, self.method.terms(self._position_params()).max_positions)
+        check_positions(length, self.terms().max_positions)
         empty = jnp.zeros((batch_size, length, *self.kv_shape), self.dtype)
         return [(empty, empty) for _ in self.blocks], jnp.int32(0)
 
@@ -223,8 +241,20 @@ class Decoder(nnx.Module):
         if not isinstance(wanted, jax.core.Tracer) and wanted > room:
             raise UserError(f"the cache has room for {room} tokens, not for {wanted}: give init_cache a longer length")
         # Both positions by the first of consecutive ones; slots not filled yet lie after every query.
-        hidden_BxTxE, layers = self._run(tokens_BxT, filled, 0, layers=layers)
+        hidden_BxTxE, layers, _ = self._run(tokens_BxT, filled, 0, layers=layers)
         return jnp.where(wanted <= room, hidden_BxTxE, jnp.nan), (layers, wanted)
+
+    def queries(self, tokens_BxT, cache: Cache) -> tuple[list[jax.Array], Cache]:
+        """As `extend`, but returns each layer's queries [B, T, H, D], not rotated; its keys are in the longer cache."""
+        layers, filled = cache
+        _, layers, inputs = self._run(tokens_BxT, filled, 0, layers=layers)
+        queries = [block.project(x_BxTxE)[0] for block, x_BxTxE in zip(self.blocks, inputs, strict=True)]
+        return queries, (layers, filled + tokens_BxT.shape[1])
+
+    def terms(self, layer: int = 0) -> positions.Terms:
+        """What the position method does to a layer's attention, or to the embedding, with this model's parameters."""
+        position = self.blocks[layer].position if self.method.per_layer else self.position
+        return self.method.terms({name: param[...] for name, param in position.items()})
 
     def logits(self, hidden_BxTxE) -> jax.Array:
         """Scores of every word, float32, from hidden states [..., E]; log-probabilities with an adaptive vocabulary."""
@@ -243,14 +273,19 @@ class Decoder(nnx.Module):
         with jax.named_scope("loss"):
             return cross_entropy(logits, targets_BxT)
 
-    def _position_params(self) -> dict[str, jax.Array]:
-        method_params = self.blocks[0].position if self.method.per_layer else self.position
-        return {name: param[...] for name, param in method_params.items()}
-
     def _run(
-        self, tokens_BxT, query_positions, key_positions, *, segment_ids=None, layers=None, dropout_key=None, mesh=None
+        self,
+        tokens_BxT,
+        query_positions,
+        key_positions,
+        *,
+        segment_ids=None,
+        layers=None,
+        dropout_key=None,
+        mesh=None,
+        nudge_BxTxE=None,
     ):
-        embed = self.method.terms(self._position_params()).embed
+        embed = self.terms().embed
         keys = [None] * (1 + len(self.blocks))
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, len(keys))
@@ -261,6 +296,8 @@ class Decoder(nnx.Module):
                 first = np.ndim(query_positions) == 0
                 positions = query_positions + np.arange(tokens_BxT.shape[1]) if first else query_positions
                 x_BxTxE += embed(positions).astype(self.dtype)
+            if nudge_BxTxE is not None:
+                x_BxTxE += nudge_BxTxE
             x_BxTxE = _dropout(self.dropout, x_BxTxE, keys[0]).astype(self.dtype)
             x_BxTxE = constrain(x_BxTxE, mesh, "batch", "length", None)
 
@@ -278,16 +315,17 @@ class Decoder(nnx.Module):
 
         if self.remat != "none":
             run_block = jax.checkpoint(run_block, policy=REMATS[self.remat])
-        new_layers = []
+        new_layers, inputs = [], []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
+                inputs.append(x_BxTxE)
                 cache = None if layers is None else layers[i]
                 x_BxTxE, new = run_block(block, x_BxTxE, self.position, segment_ids, cache, keys[i + 1])
                 new_layers.append(new)
         if self.final_norm is not None:
             with jax.named_scope("final_norm"):
                 x_BxTxE = self.final_norm(x_BxTxE)
-        return x_BxTxE, new_layers
+        return x_BxTxE, new_layers, inputs
 
 
 def _as_params(arrays: dict[str, jax.Array]) -> nnx.Dict:

@@ -57,21 +57,50 @@ def attention(
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
     """
     (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    weights = probabilities(
+        query_BxTxHxD,
+        key_BxSxKxD,
+        terms,
+        offset=offset,
+        causal=causal,
+        segment_ids=segment_ids,
+        window=window,
+        far_tolerance=far_tolerance,
+    )
+    with jax.named_scope("values"):
+        out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value_BxSxKxD.dtype), value_BxSxKxD)
+        if terms.relative_values is not None:
+            distances = _distances(T, S, _clamped(offset, T, causal), causal)
+            table, heads = _by_kv_head(terms.relative_values(distances), 3, K)
+            out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
+    return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value_BxSxKxD.dtype)
+
+
+def probabilities(
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    terms: Terms,
+    *,
+    offset: int | jax.Array,
+    causal: bool = True,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    window: int | None = None,
+    far_tolerance: float | None = None,
+) -> jax.Array:
+    """The weights that `attention` gives the values, [B, K, H/K, T, S] float32; arguments as there.
+
+    Rows sum to 1, or to 0 for a query that sees no key.
+    """
+    (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     if far_tolerance is None:
         far_tolerance = default_tolerance(query_BxTxHxD.dtype)
     if window is not None and not isinstance(offset, jax.Array) and max(offset + T, S - offset) <= window:
         window = None  # it hides nothing
-    if causal:  # all keys later than all queries are hidden, however much later: keeps int32 sums below from wrapping
-        offset = jnp.maximum(offset, -T)
-    offset = jnp.asarray(offset, jnp.int32)
+    offset = _clamped(offset, T, causal)
     distances = _distances(T, S, offset, causal)
 
     def grouped(query: jax.Array, bias_HxD: jax.Array | None) -> jax.Array:
         return (query if bias_HxD is None else query + bias_HxD).reshape(batch, T, K, H // K, D)
-
-    def by_kv_head(table: jax.Array, with_heads: int) -> tuple[jax.Array, str]:
-        """[K, G, ..] or [..], and the einsum letters of its heads."""
-        return split_heads(table, with_heads, K), "kg" if table.ndim == with_heads else ""
 
     with jax.named_scope("scores"):
         scores_BxKxGxTxS = _einsum("btkgd,bskd->bkgts", grouped(query_BxTxHxD, terms.content_bias), key_BxSxKxD)
@@ -79,19 +108,19 @@ def attention(
             query = grouped(query_BxTxHxD, terms.position_bias)
             found = _near(terms, T + S, causal, far_tolerance)
             if found is None:
-                table, heads = by_kv_head(terms.relative_keys(distances), 3)
+                table, heads = _by_kv_head(terms.relative_keys(distances), 3, K)
                 scores_BxKxGxTxS += skew(_einsum(f"btkgd,{heads}ed->bkgte", query, table), S)
             else:
                 near, furthest = found
                 if near.project is not None:
-                    project, heads = by_kv_head(near.project, 3)
+                    project, heads = _by_kv_head(near.project, 3, K)
                     query = _einsum(f"btkgd,{heads}dc->btkgc", query, project)
-                rows, heads = by_kv_head(near.rows, 3)
+                rows, heads = _by_kv_head(near.rows, 3, K)
                 band = _einsum(f"btkgc,{heads}ec->bkgte", query, rows)
                 scores_BxKxGxTxS = _add_band(scores_BxKxGxTxS, band, furthest, offset)
         scores_BxKxGxTxS /= math.sqrt(D)
         if terms.bias is not None:
-            bias, _ = by_kv_head(terms.bias(distances), 2)  # [K, G, n]
+            bias, _ = _by_kv_head(terms.bias(distances), 2, K)  # [K, G, n]
             scores_BxKxGxTxS += skew(jnp.broadcast_to(bias[..., None, :], (*bias.shape[:2], T, T + S)), S)
 
     with jax.named_scope("softmax"):
@@ -102,14 +131,17 @@ def attention(
         highest = lax.stop_gradient(jnp.max(scores_BxKxGxTxS, axis=-1, keepdims=True))
         weights = jnp.exp(scores_BxKxGxTxS - jnp.where(jnp.isfinite(highest), highest, 0))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights /= jnp.where(total > 0, total, 1)
+        return weights / jnp.where(total > 0, total, 1)
 
-    with jax.named_scope("values"):
-        out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value_BxSxKxD.dtype), value_BxSxKxD)
-        if terms.relative_values is not None:
-            table, heads = by_kv_head(terms.relative_values(distances), 3)
-            out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
-    return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value_BxSxKxD.dtype)
+
+def _by_kv_head(table: jax.Array, with_heads: int, num_kv_heads: int) -> tuple[jax.Array, str]:
+    """[K, G, ..] or [..], and the einsum letters of its heads."""
+    return split_heads(table, with_heads, num_kv_heads), "kg" if table.ndim == with_heads else ""
+
+
+def _clamped(offset: int | jax.Array, T: int, causal: bool) -> jax.Array:
+    """The offset, int32. All keys later than all queries are hidden, however much later: keeps sums from wrapping."""
+    return jnp.asarray(jnp.maximum(offset, -T) if causal else offset, jnp.int32)
 
 
 def _distances(T: int, S: int, offset: jax.Array, causal: bool) -> jax.Array:

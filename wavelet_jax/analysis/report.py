@@ -1,0 +1,257 @@
+"""Reads finished or unfinished runs and writes their attention maps, receptive fields and gradients, with a stamp."""
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from wavelet_jax import checkpoint, evaluation, memory, runs, sharding, training
+from wavelet_jax.analysis import attention_maps, receptive_field
+from wavelet_jax.data import Corpus
+from wavelet_jax.errors import UserError
+from wavelet_jax.model import make_position
+
+LABELLED = 64  # tokens of a map that may be labelled: more labels would lie on each other
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One run to analyse, compiled, without its parameters."""
+
+    label: str
+    config: ConfigDict
+    workdir: Path
+    abstract_params: dict
+    program: attention_maps.Program
+    gradient: jax.stages.Compiled | None  # (params, tokens [1, L+1]) -> [1, L]; None: not asked for
+
+
+def analyse(
+    workdirs: Sequence[Path],
+    *,
+    length: int,
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    thresholds: Sequence[float],
+    labels: bool,
+    texts: int,
+    pixels: int,
+    out: Path,
+) -> list[Path]:
+    """Everything that the command says of runs.
+
+    Args:
+      workdirs: directories of runs that read the same corpus with the same tokenizer.
+      length: tokens of the text, the first of the validation stream.
+      layers, heads: which ones, counted from 0; None: all.
+      thresholds: a picture a layer and threshold.
+      labels: whether to write the tokens beside a map.
+      texts: that the gradient is averaged over; 0: no gradient.
+      pixels: cells a side of a map, at most.
+      out: the folder for the results.
+
+    Returns:
+      What was written.
+
+    Raises:
+      UserError: before anything is computed or written, for what cannot be done.
+    """
+    configs = [runs.load_config(workdir) for workdir in workdirs]
+    runs.check_folder(out)
+    runs.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
+    for threshold in thresholds:
+        if not 0 < threshold < 1:
+            raise UserError(f"--threshold {threshold:g} must be a probability, between 0 and 1")
+    if labels and length > LABELLED:
+        raise UserError(f"--labels needs a --length of at most {LABELLED}, not {length}")
+    layers = _chosen("layers", layers, [config.model.num_layers for config in configs])
+    heads = _chosen("heads", heads, [config.model.num_heads for config in configs])
+    # Also lengths past a learned table or the text, and runs that do not compare.
+    corpus, _ = evaluation.check(configs, workdirs, lengths=[length], protocol="full_length")
+    for workdir in workdirs:
+        if checkpoint.latest_step(workdir) is None:
+            raise UserError(f"{workdir} has no checkpoint to look into: train it first")
+
+    names = evaluation._labels(configs, workdirs)
+    jobs = [
+        _prepare(name, config, workdir, corpus, layers, heads, length, pixels, texts)
+        for name, config, workdir in zip(names, configs, workdirs, strict=True)
+    ]
+    first_counted = length // 2  # each counted query then has at least half of the text before it
+    starts = receptive_field.texts(len(corpus.validation), length, texts) if texts else []
+    maps, rows, gradients, steps = {}, [], {}, {}
+    for job in jobs:
+        params, steps[job.label] = checkpoint.restore_params(
+            job.workdir, job.abstract_params, fingerprint=corpus.fingerprint
+        )
+        program = job.program
+        print(
+            f"{job.label}: {length:,} tokens, {len(program.blocks)} blocks of {program.blocks[0][1]:,} queries, "
+            f"{memory.shown(program.bytes)} of the {memory.shown(memory.available()[0])} of {memory.available()[1]}",
+            file=sys.stderr,
+        )
+        # After a block, the bar's estimate of what remains is good: all blocks meet all keys, seen or hidden.
+        with _bar(length, f"{job.label} at {length:,}: maps", "token") as bar:
+            text = corpus.validation[:length]
+            maps[job.label] = attention_maps.measure(
+                program, params, text, first_counted=first_counted, done=bar.update
+            )
+        rows += receptive_field.rows(job.label, make_position(job.config), maps[job.label])
+        if starts:
+            with _bar(len(starts), f"{job.label} at {length:,}: gradients", "text") as bar:
+                gradient = functools.partial(job.gradient, params)
+                gradients[job.label] = receptive_field.cumulative_gradient(
+                    gradient, corpus.validation, length, starts, done=bar.update
+                )
+    stamp = {
+        "length": length,
+        "text": f"tokens 0 to {length - 1} of the validation stream",
+        "layers": layers,
+        "heads": heads,
+        "thresholds": list(thresholds),
+        "cell": f"{jobs[0].program.cell} x {jobs[0].program.cell} queries and keys",
+        "receptive_field": f"mean over queries {first_counted} to {length - 1}",
+        "gradient": f"of the loss of the last target, mean over {len(starts)} texts" if starts else "not asked for",
+        "tokenizer": corpus.tokenizer.name,
+        "corpus": corpus.fingerprint,
+        "runs": {name: str(workdir) for name, workdir in zip(names, workdirs, strict=True)},
+        "updates": steps,
+        "train_lengths": {job.label: job.config.train.length for job in jobs},
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    shown = _token_labels(corpus, length) if labels else None
+    written = _write(maps, rows, gradients, stamp, shown, out)
+    print(table(rows, stamp))
+    print("\nwritten:", *written, sep="\n  ")
+    return written
+
+
+def table(rows: Sequence[dict[str, object]], stamp: dict[str, object]) -> str:
+    """Measured distances by model, layer and head, as text."""
+    lines = [
+        f"distance (tokens) that holds 50 / 90 / 99% of the attention, {stamp['receptive_field']}, "
+        f"length {stamp['length']:,}",
+        f"{'model':24}{'layer':>6}{'head':>6}{'50%':>9}{'90%':>9}{'99%':>9}",
+    ]
+    for row in rows:
+        if row["kind"] == "measured":
+            reached = "".join(f"{row[f'distance_{share}']:>9,}" for share in (50, 90, 99))
+            lines.append(f"{row['method']:24}{row['layer']:>6}{row['head']:>6}{reached}")
+    return "\n".join(lines)
+
+
+def _chosen(name: str, chosen: Sequence[int] | None, counts: Sequence[int]) -> tuple[int, ...]:
+    """The layers or heads to look at, ascending; `counts`: how many there are in each run."""
+    fewest = min(counts)
+    if chosen is None and len(set(counts)) > 1:
+        raise UserError(f"these runs have different numbers of {name}: name some of 0 to {fewest - 1} by --{name}")
+    chosen = range(fewest) if chosen is None else sorted(set(chosen))
+    wrong = [each for each in chosen if not 0 <= each < fewest]
+    if wrong:
+        raise UserError(f"--{name} {', '.join(map(str, wrong))}: allowed are 0 to {fewest - 1}")
+    return tuple(chosen)
+
+
+def _prepare(
+    label: str,
+    config: ConfigDict,
+    workdir: Path,
+    corpus: Corpus,
+    layers: Sequence[int],
+    heads: Sequence[int],
+    length: int,
+    pixels: int,
+    texts: int,
+) -> Job:
+    """Compiles what a run needs, and sees that its memory is there."""
+    config.mesh.update(data=1, fsdp=-1, context=1, tensor=1)  # the devices here, whatever the run was trained on
+    mesh = sharding.make_mesh(config)
+    graphdef, abstract_state = training.shapes(config, corpus.tokenizer.vocab_size, mesh)
+    params = abstract_state.params
+    program = attention_maps.build(
+        graphdef,
+        params,
+        mesh,
+        num_heads=config.model.num_heads,
+        layers=layers,
+        heads=heads,
+        length=length,
+        pixels=pixels,
+    )
+    gradient = None
+    if texts:
+        compute = jax.jit(
+            receptive_field.make_gradient(graphdef, config.model.d_model), out_shardings=sharding.everywhere(mesh)
+        )
+        gradient = compute.lower(params, jax.ShapeDtypeStruct((1, length + 1), jnp.int32)).compile()
+        needed, (limit, owner) = memory.in_use() + memory.needed(gradient), memory.available()
+        if needed > limit:
+            raise UserError(
+                f"gradients at length {length:,} would take {memory.shown(needed)} of memory, and {owner} has "
+                f"{memory.shown(limit)}: choose a lower --length, or --texts=0"
+            )
+    return Job(label, config, workdir, params, program, gradient)
+
+
+def _bar(total: int, title: str, unit: str) -> tqdm:
+    return tqdm(total=total, desc=title, unit=unit, leave=False, mininterval=runs.PROGRESS_INTERVAL, miniters=0)
+
+
+def _token_labels(corpus: Corpus, length: int) -> list[str]:
+    """How each token of the text looks, with white space made visible."""
+    visible = str.maketrans({" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"})
+    return [corpus.tokenizer.decode([token]).translate(visible) for token in corpus.validation[:length].tolist()]
+
+
+def _write(
+    maps: dict[str, attention_maps.Maps],
+    rows: Sequence[dict[str, object]],
+    gradients: dict[str, np.ndarray],
+    stamp: dict[str, object],
+    tokens: Sequence[str] | None,
+    out: Path,
+) -> list[Path]:
+    """All of one analysis, or what was there before."""
+    from wavelet_jax.analysis import pictures  # matplotlib takes a second to import, and bad input should not wait
+
+    updates = ", ".join(f"{name} at update {step:,}" for name, step in stamp["updates"].items())
+    note = f"{stamp['text']}; {stamp['tokenizer']} tokenizer; {updates}"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        partial = Path(folder)
+        for layer in stamp["layers"]:
+            for threshold in stamp["thresholds"]:
+                path = partial / f"attention_map_layer{layer}_{threshold:g}.png"
+                cells = f"cells of {stamp['cell']}; {note}"
+                pictures.attention_map(maps, layer, threshold, path, note=cells, tokens=tokens)
+        with (partial / "receptive_field.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, receptive_field.COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        described = f"{stamp['receptive_field']}; {note}"
+        pictures.receptive_field(rows, stamp["length"], partial / "receptive_field.png", note=described)
+        if gradients:
+            with (partial / "gradient.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["distance", *gradients])
+                writer.writerows(zip(range(stamp["length"]), *gradients.values(), strict=True))
+            described = f"{stamp['gradient']} of {stamp['length']:,} tokens; {stamp['tokenizer']} tokenizer; {updates}"
+            lengths = list(stamp["train_lengths"].values())
+            pictures.gradient(gradients, lengths, partial / "gradient.png", note=described)
+        (partial / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
+        names = sorted(path.name for path in partial.iterdir())
+        for name in names:
+            os.replace(partial / name, out / name)
+    return [out / name for name in names]
