@@ -123,35 +123,31 @@ def order(pairs: Sequence[Pair]) -> tuple[int, int, int]:
 
 def report(pairs: Sequence[Pair]) -> str:
     """Perplexities here and in the paper, each also over its row's own at L_train, and how far the orders agree."""
-    lines = []
+    parts = []
     grouped = _grouped(pairs, lambda x: (x.paper.table, x.ours.protocol, x.ours.train_length, x.paper.train_length))
     for (table, protocol, train_length, paper_length), group in sorted(grouped.items()):
         by_length = dict(sorted(_grouped(group, lambda x: x.ours.length).items()))
-        rows = _grouped(group, lambda x: x.ours.row)
-        lines += [
-            "",
-            f"Table {table}, {protocol}; L_train {train_length:,} here, {paper_length:,} in the paper. "
-            "Perplexity here | the paper's; in brackets over the row's own at L_train",
-            f"{'length here (paper)':26}"
-            + "".join(f"{f'{length:,} ({x[0].paper.length:,})':>34}" for length, x in by_length.items()),
-        ]
-        for row, mine in rows.items():
+        head = [f"{length:,} ({same[0].paper.length:,})" for length, same in by_length.items()]
+        lines = [["length here (paper)", *head]]
+        for row, mine in _grouped(group, lambda x: x.ours.row).items():
             at = {pair.ours.length: pair for pair in mine}
-            lines.append(f"{row:26}" + "".join(f"{_cell(at.get(n), at.get(train_length)):>34}" for n in by_length))
-        for name, value in zip(
-            ("in the paper's order", "in the other", "intervals overlap"),
-            zip(*(order(x) for x in by_length.values()), strict=True),
-            strict=True,
-        ):
-            lines.append(f"{'pairs ' + name:26}" + "".join(f"{count:>34}" for count in value))
-        best = {
-            n: (min(x, key=lambda p: p.ours.perplexity), min(x, key=lambda p: p.paper.perplexity))
-            for n, x in by_length.items()
-        }
-        lines.append(
-            f"{'lowest here | paper':26}" + "".join(f"{f'{a.ours.row} | {b.ours.row}':>34}" for a, b in best.values())
+            lines.append([row, *(_cell(at.get(length), at.get(train_length)) for length in by_length)])
+        names = ("pairs in the paper's order", "pairs in the other", "pairs whose intervals overlap")
+        for name, counts in zip(names, zip(*map(order, by_length.values()), strict=True), strict=True):
+            lines.append([name, *map(str, counts)])
+        for name, side in (("lowest here", "ours"), ("lowest in the paper", "paper")):
+            lowest = (min((getattr(x, side) for x in same), key=lambda x: x.perplexity) for same in by_length.values())
+            lines.append([name, *(x.row for x in lowest)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        parts.append(
+            f"Table {table}, {protocol}; L_train {train_length:,} here, {paper_length:,} in the paper. Perplexity here | "
+            "the paper's, in brackets over the row's own at L_train:"
         )
-    return "\n".join(lines[1:])
+        for first, *rest in lines:
+            cells = (f"{cell:>{width + 2}}" for cell, width in zip(rest, widths[1:], strict=True))
+            parts.append(f"{first:{widths[0]}}" + "".join(cells))
+        parts.append("")
+    return "\n".join(parts[:-1])
 
 
 def _cell(pair: Pair | None, at_training: Pair | None) -> str:
