@@ -140,8 +140,8 @@ def report(pairs: Sequence[Pair]) -> str:
             lines.append([name, *(x.row for x in lowest)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         parts.append(
-            f"Table {table}, {protocol}; L_train {train_length:,} here, {paper_length:,} in the paper. Perplexity here | "
-            "the paper's, in brackets over the row's own at L_train:"
+            f"Table {table}, {protocol}; L_train {train_length:,} here, {paper_length:,} in the paper. Perplexity here "
+            "| the paper's, in brackets over the row's own at L_train:"
         )
         for first, *rest in lines:
             cells = (f"{cell:>{width + 2}}" for cell, width in zip(rest, widths[1:], strict=True))
