@@ -31,12 +31,7 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
     lengths = sorted({curve.length for curve in curves})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_yscale("log")
-    decades = np.ptp(np.log10([curve.row()["perplexity"] for curve in curves]))
-    # Evenly spaced numbers where a decade is not reached, and otherwise 1, 2, 5 (or 1 alone) of each decade.
-    locator = AutoLocator() if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 4 else (1,))
-    axes.yaxis.set_major_locator(locator)
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    _few_numbers(axes)
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity a {stamp['unit']}")
     axes.set_title("Perplexity past the training length")
@@ -69,8 +64,48 @@ def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> 
     _finish(figure, axes, stamp, path)
 
 
+def beside_paper(pairs: Sequence, path: Path) -> None:
+    """Perplexity against length in multiples of L_train, here on the left and in the paper on the right.
+
+    `pairs` are `paper.Pair`s. One row has one colour on both sides; vertical scales differ, as models and texts do.
+    """
+    figure, sides = plt.subplots(1, 2, figsize=(12, 5), dpi=120, layout="constrained", sharex=True)
+    for i, row in enumerate(dict.fromkeys(pair.ours.row for pair in pairs)):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+        for axes, side in zip(sides, ("ours", "paper"), strict=True):
+            lines = sorted((getattr(pair, side) for pair in pairs if pair.ours.row == row), key=lambda x: x.length)
+            multiples = [line.length / line.train_length for line in lines]
+            axes.plot(multiples, [line.perplexity for line in lines], color=colour, marker=marker, label=row)
+    for axes, title in zip(sides, ("here", "in the paper"), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_yscale("log")
+        _few_numbers(axes)
+        axes.axvline(1, color="0.4", ls="--", lw=1, zorder=0)
+        axes.set_xlabel("evaluation length over L_train")
+        axes.set_title(f"Perplexity {title}")
+        axes.grid(alpha=0.25)
+    sides[0].legend(frameon=False)
+    tables = ", ".join(str(table) for table in sorted({pair.paper.table for pair in pairs}))
+    protocols = ", ".join(sorted({pair.ours.protocol for pair in pairs}))
+    note = f"{protocols}; the paper: Oka et al., ICLR 2025, Table {tables}; other models and texts than here"
+    figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
 def _figure():
     return plt.subplots(figsize=(7.5, 5), dpi=120, layout="constrained")
+
+
+def _few_numbers(axes) -> None:
+    """A logarithmic axis: evenly spaced numbers where a decade is not reached, else 1, 2, 5 (or 1) of each decade."""
+    low, high = axes.get_ylim()
+    decades = np.log10(high / low)
+    locator = AutoLocator() if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 4 else (1,))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _methods(curves: Sequence) -> list[str]:

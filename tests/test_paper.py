@@ -1,0 +1,148 @@
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from wavelet_jax import paper
+from wavelet_jax.errors import UserError
+from wavelet_jax.evaluation import COLUMNS
+
+PAPER = paper.published()
+
+
+def as_measured(line: paper.Published, *, divide: int = 1, spread: float = 1.0, **changes) -> paper.Measured:
+    """A line of the paper as if it were ours, of a model whose lengths are `divide` times shorter."""
+    perplexity = changes.pop("perplexity", line.perplexity)
+    values = {"row": line.row, "protocol": line.protocol, "perplexity": perplexity, **changes}
+    lengths = {"train_length": line.train_length // divide, "length": line.length // divide}
+    return paper.Measured(**values, **lengths, ci_low=perplexity / spread, ci_high=perplexity * spread)
+
+
+def lines_of(table: int, train_length: int, protocol: str = "full_length") -> list[paper.Published]:
+    wanted = (table, train_length, protocol)
+    return [x for x in PAPER if (x.table, x.train_length, x.protocol) == wanted]
+
+
+def write_evaluation(folder: Path, lines: list[paper.Measured]) -> Path:
+    """An extrapolation.csv and its stamp, as an evaluation leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "extrapolation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for line in lines:
+            values = dataclasses.asdict(line)
+            writer.writerow({"method": values.pop("row"), "stride": 1, "tokens_scored": 9, "loss": 1.0, **values})
+    (folder / "stamp.json").write_text(json.dumps({"tokens_scored": 9, "tokenizer": "word 5", "unit": "word"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "protocol", "train_length", "length", "perplexity"),
+    [
+        (1, "wavelet_ricker", "full_length", 512, 2512, 17.99),
+        (1, "alibi", "full_length", 1024, 5024, 17.88),
+        (1, "rope_theta1e4", "non_overlapping", 512, 128, 23.82),
+        (2, "wavelet_ricker_a2^2..2^9", "non_overlapping", 4096, 32768, 8.6),
+        (3, "gaussian_2^0..2^15", "full_length", 512, 2512, 17.77),
+        (3, "haar_2^0", "full_length", 512, 2512, 299.26),
+        (4, "coif16", "full_length", 512, 1012, 132.14),
+    ],
+)
+def test_the_papers_figures(table, row, protocol, train_length, length, perplexity):
+    """Read off the paper once more, one by one."""
+    assert [
+        x.perplexity
+        for x in PAPER
+        if (x.table, x.row, x.protocol, x.train_length, x.length) == (table, row, protocol, train_length, length)
+    ] == [perplexity]
+
+
+def test_no_figure_stands_twice_and_none_is_missing():
+    assert [sum(x.table == table for x in PAPER) for table in (1, 2, 3, 4)] == [144, 8, 138, 162]
+    assert len({(x.table, x.row, x.protocol, x.train_length, x.length) for x in PAPER}) == len(PAPER)
+    assert [x.row for x in PAPER if x.note] == ["gaussian_2^0..2^3"]
+
+
+@pytest.mark.parametrize(("train_length", "divide"), [(512, 1), (512, 4), (1024, 1), (1024, 4)])
+def test_a_smaller_model_meets_the_same_multiples_of_its_length(train_length, divide):
+    lines = lines_of(1, train_length)
+    pairs = paper.match([as_measured(x, divide=divide) for x in lines], PAPER)
+    assert [pair.paper for pair in pairs] == lines
+
+
+def test_what_the_paper_has_not_is_left_out():
+    ours = as_measured(lines_of(1, 512)[0])
+    others = [{"row": "t5"}, {"protocol": "sliding_window"}, {"length": 513}, {"train_length": 500}]
+    assert paper.match([dataclasses.replace(ours, **change) for change in others], PAPER) == []
+
+
+def test_orders_agree_or_not_or_are_not_decided():
+    lines = [x for x in lines_of(1, 512) if x.length == 2512]
+    exact = paper.match([as_measured(x) for x in lines], PAPER)
+    all_pairs = len(lines) * (len(lines) - 1) // 2
+    assert paper.order(exact) == (all_pairs, 0, 0)
+    reversed_ = paper.match([as_measured(x, perplexity=1000 / x.perplexity) for x in lines], PAPER)
+    assert paper.order(reversed_) == (0, all_pairs, 0)
+    wide = paper.match([as_measured(x, spread=100.0) for x in lines], PAPER)
+    assert paper.order(wide) == (0, 0, all_pairs)
+
+
+def test_the_report_has_both_numbers_and_what_they_are_over_the_training_length():
+    lines = [
+        x for x in lines_of(3, 512) if x.row in ("ricker_2^0..2^7", "gaussian_2^0..2^3") and x.length in (256, 512)
+    ]
+    ours = [as_measured(x, divide=4, perplexity={256: 30.0, 512: 20.0}[x.length]) for x in lines]
+    said = paper.report(paper.match(ours, PAPER))
+    assert "Table 3, full_length; L_train 128 here, 512 in the paper" in said
+    assert "30.00 [1.50] | 20.82 [1.08]" in said
+    assert "30.00 [1.50] | 29.96? [1.55]" in said  # what looks misprinted is marked
+    assert "128 (512)" in said
+
+
+def test_the_command(tmp_path):
+    """Of two folders: the table, the CSV file, a picture with something in it."""
+    ours = [as_measured(x, divide=4, spread=1.01) for x in lines_of(1, 512)]
+    first = write_evaluation(tmp_path / "first", ours[:20])
+    second = write_evaluation(tmp_path / "second", [*ours[20:], dataclasses.replace(ours[0], row="t5")])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "wavelet_jax.paper", f"--results={first}", f"--results={second}", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "without a counterpart in the paper: t5" in done.stdout
+    assert f"{first}: 9 tokens scored, word 5 tokenizer" in done.stdout
+    with (out / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(ours)
+    assert all(float(x["perplexity"]) == float(x["paper_perplexity"]) for x in lines)
+    assert (
+        len({tuple(pixel) for pixel in matplotlib.image.imread(out / "comparison.png")[::4, ::4].reshape(-1, 4)}) > 10
+    )
+
+
+def test_bad_input_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"has no extrapolation\.csv: name a folder that a comparison"):
+        paper.measured(tmp_path)
+    (tmp_path / "extrapolation.csv").write_text("method,length\nrope,5\n")
+    with pytest.raises(UserError, match="has no column protocol, train_length"):
+        paper.measured(tmp_path)
+    folder = write_evaluation(tmp_path / "other", [as_measured(lines_of(1, 512)[0], row="rope_theta1e5")])
+    done = subprocess.run(
+        [sys.executable, "-m", "wavelet_jax.paper", f"--results={folder}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "unknown row of the paper's tables 'rope_theta1e5': did you mean 'rope_theta" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "wavelet_jax.paper"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--results=DIR" in done.stderr
+
+
+def test_two_runs_of_one_row_stay_two():
+    line = lines_of(1, 512)[0]
+    pairs = paper.match([as_measured(line, row=f"nope ({end})") for end in ("a", "b")], PAPER)
+    assert [(pair.ours.row, pair.paper) for pair in pairs] == [("nope (a)", line), ("nope (b)", line)]
+    assert "nope (b)" in paper.report(pairs)

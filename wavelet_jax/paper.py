@@ -1,0 +1,224 @@
+"""Our numbers beside the paper's, row by row: a table, comparison.csv and comparison.png.
+
+    python -m wavelet_jax.paper --results=runs/table1_small --out=runs/table1_small/paper
+
+`--results` names folders that a comparison of `train.py` or `eval.py --out` has written; runs of `configs/paper/` carry
+the names of the paper's rows. A run trained on another length than the paper's is set beside the row of the paper whose
+lengths are the same multiples of L_train. The paper's figures (Oka et al., ICLR 2025, arXiv 2502.02004, Tables 1 to 4)
+are in `paper_results.csv` beside this file.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from wavelet_jax import cli, runs
+from wavelet_jax.errors import UserError, unknown
+
+RESULTS = flags.DEFINE_multi_string("results", [], "folder with an extrapolation.csv; once for every one to compare")
+OUT = flags.DEFINE_string("out", None, "folder for comparison.csv and comparison.png; none: print only")
+
+FILE = Path(__file__).with_name("paper_results.csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One figure of the paper. `note` is empty, or says what is doubtful about it."""
+
+    table: int
+    row: str
+    protocol: str
+    train_length: int
+    length: int
+    perplexity: float
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One line of an extrapolation.csv; ci_low and ci_high bound the perplexity.
+
+    Where two runs of one name were evaluated together, `row` has the end of a run's folder in brackets after the name.
+    """
+
+    row: str
+    protocol: str
+    train_length: int
+    length: int
+    perplexity: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same row at the same multiple of L_train, here and in the paper."""
+
+    ours: Measured
+    paper: Published
+
+    def line(self) -> dict[str, object]:
+        """The line of comparison.csv."""
+        theirs = dataclasses.asdict(self.paper)
+        ours = dataclasses.asdict(self.ours)
+        paper = {f"paper_{name}": theirs[name] for name in ("train_length", "length", "perplexity", "note")}
+        return {"table": self.paper.table, **ours, **paper}
+
+
+def published() -> list[Published]:
+    """Every figure of Tables 1 to 4."""
+    return _read(FILE, Published)
+
+
+def measured(folder: Path) -> list[Measured]:
+    """The lines of an evaluation.
+
+    Raises:
+      UserError: no extrapolation.csv there, or one that lacks a column.
+    """
+    file = folder / "extrapolation.csv"
+    if not file.is_file():
+        raise UserError(f"{folder} has no extrapolation.csv: name a folder that a comparison or eval.py --out wrote")
+    return _read(file, Measured, {"row": "method"})
+
+
+def match(ours: Iterable[Measured], paper: Iterable[Published]) -> list[Pair]:
+    """Sets every line beside the paper's line of the same name and protocol at the same multiple of L_train.
+
+    Of several rows of the paper that would do (two training lengths, say), the one that answers most lengths is taken,
+    then the one whose L_train is nearest. Lines without a counterpart are left out.
+    """
+    theirs = {}
+    for line in paper:
+        theirs.setdefault((line.row, line.protocol), {}).setdefault((line.table, line.train_length), []).append(line)
+    pairs = []
+    for (row, protocol, train_length), lines in _grouped(ours, lambda x: (x.row, x.protocol, x.train_length)).items():
+        candidates = []
+        for (_, paper_length), rows in theirs.get((row.split(" (")[0], protocol), {}).items():
+            found = [
+                Pair(line, x) for line in lines for x in rows if line.length * paper_length == x.length * train_length
+            ]
+            candidates.append((len(found), -abs(paper_length - train_length), found))
+        pairs += max(candidates, key=lambda x: x[:2])[2] if candidates else []
+    return pairs
+
+
+def order(pairs: Sequence[Pair]) -> tuple[int, int, int]:
+    """Of all pairs of rows at one length: (in the paper's order, in the other, undecided: our intervals overlap)."""
+    same = other = undecided = 0
+    for a, b in itertools.combinations(pairs, 2):
+        if a.ours.ci_low <= b.ours.ci_high and b.ours.ci_low <= a.ours.ci_high:
+            undecided += 1
+        elif (a.ours.perplexity < b.ours.perplexity) == (a.paper.perplexity < b.paper.perplexity):
+            same += 1
+        else:
+            other += 1
+    return same, other, undecided
+
+
+def report(pairs: Sequence[Pair]) -> str:
+    """Perplexities here and in the paper, each also over its row's own at L_train, and how far the orders agree."""
+    parts = []
+    grouped = _grouped(pairs, lambda x: (x.paper.table, x.ours.protocol, x.ours.train_length, x.paper.train_length))
+    for (table, protocol, train_length, paper_length), group in sorted(grouped.items()):
+        by_length = dict(sorted(_grouped(group, lambda x: x.ours.length).items()))
+        head = [f"{length:,} ({same[0].paper.length:,})" for length, same in by_length.items()]
+        lines = [["length here (paper)", *head]]
+        for row, mine in _grouped(group, lambda x: x.ours.row).items():
+            at = {pair.ours.length: pair for pair in mine}
+            lines.append([row, *(_cell(at.get(length), at.get(train_length)) for length in by_length)])
+        names = ("pairs in the paper's order", "pairs in the other", "pairs whose intervals overlap")
+        for name, counts in zip(names, zip(*map(order, by_length.values()), strict=True), strict=True):
+            lines.append([name, *map(str, counts)])
+        for name, side in (("lowest here", "ours"), ("lowest in the paper", "paper")):
+            lowest = (min((getattr(x, side) for x in same), key=lambda x: x.perplexity) for same in by_length.values())
+            lines.append([name, *(x.row for x in lowest)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        parts.append(
+            f"Table {table}, {protocol}; L_train {train_length:,} here, {paper_length:,} in the paper. Perplexity here "
+            "| the paper's, in brackets over the row's own at L_train:"
+        )
+        for first, *rest in lines:
+            cells = (f"{cell:>{width + 2}}" for cell, width in zip(rest, widths[1:], strict=True))
+            parts.append(f"{first:{widths[0]}}" + "".join(cells))
+        parts.append("")
+    return "\n".join(parts[:-1])
+
+
+def _cell(pair: Pair | None, at_training: Pair | None) -> str:
+    if pair is None:
+        return "-"
+    mark = "?" if pair.paper.note else ""
+    if at_training is None:
+        return f"{pair.ours.perplexity:.2f} | {pair.paper.perplexity:.2f}{mark}"
+    ours, paper = (
+        pair.ours.perplexity / at_training.ours.perplexity,
+        pair.paper.perplexity / at_training.paper.perplexity,
+    )
+    return f"{pair.ours.perplexity:.2f} [{ours:.2f}] | {pair.paper.perplexity:.2f}{mark} [{paper:.2f}]"
+
+
+def write(pairs: Sequence[Pair], out: Path) -> None:
+    """Writes comparison.csv and comparison.png into `out`."""
+    from wavelet_jax import figures  # matplotlib takes a second to import
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "comparison.csv").open("w", newline="") as file:
+        lines = [pair.line() for pair in pairs]
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    figures.beside_paper(pairs, out / "comparison.png")
+
+
+def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
+    """The lines of a CSV file as dataclasses, whose fields are its columns."""
+    columns = {
+        field.name: ((renamed or {}).get(field.name, field.name), field.type) for field in dataclasses.fields(of)
+    }
+    with file.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        missing = [column for column, _ in columns.values() if column not in (reader.fieldnames or ())]
+        if missing:
+            raise UserError(f"{file} has no column {', '.join(missing)}: is it an extrapolation.csv?")
+        return [of(**{name: kind(line[column]) for name, (column, kind) in columns.items()}) for line in reader]
+
+
+def _grouped(items: Iterable, key) -> dict:
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def main() -> None:
+    if not RESULTS.value:
+        raise UserError("name results: --results=DIR, once or more, folders that a comparison or eval.py --out wrote")
+    if OUT.value:
+        runs.check_folder(Path(OUT.value))
+    folders = [Path(folder) for folder in RESULTS.value]
+    ours, paper = [line for folder in folders for line in measured(folder)], published()
+    pairs = match(ours, paper)
+    if not pairs:
+        raise unknown("row of the paper's tables", ours[0].row if ours else "", dict.fromkeys(x.row for x in paper))
+    for folder in folders:
+        stamp = folder / "stamp.json"
+        if stamp.is_file():
+            says = json.loads(stamp.read_text())
+            print(f"{folder}: {says['tokens_scored']:,} tokens scored, {says['tokenizer']} tokenizer")
+    print(report(pairs))
+    left_out = dict.fromkeys(x.row for x in ours if x.row not in {pair.ours.row for pair in pairs})
+    if left_out:
+        print(f"\nwithout a counterpart in the paper: {', '.join(left_out)}")
+    if OUT.value:
+        write(pairs, Path(OUT.value))
+        print("\nwritten:", *(Path(OUT.value) / name for name in ("comparison.csv", "comparison.png")), sep="\n  ")
+
+
+if __name__ == "__main__":
+    cli.run(main)
