@@ -68,9 +68,14 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     position.first_exponent = 0  # wavelet: scales 2^e .. 2^(e+s-1); the paper's long-context runs take 2
     position.scales = ()  # wavelet: a grid of your own, D numbers each; empty: Eq. (13)'s
     position.shifts = ()  # wavelet: their shifts, in tokens
-    position.t_sign = "m-n"  # wavelet: m-n (Eq. 14) | n-m (footnote 8)
+    position.t_sign = "m-n"  # wavelet, discrete_wavelet: m-n (Eq. 14) | n-m (footnote 8)
     position.trainable = False  # wavelet: train scales and shifts
     position.support_tolerance = 1e-4  # wavelet: what Terms.support is stated for
+    position.wavelet = "db2"  # discrete_wavelet: a discrete wavelet of PyWavelets, as in Table 4
+    position.num_levels = 8  # discrete_wavelet: levels in the place of scales; divides head_dim
+    position.first_level = 1  # discrete_wavelet: levels l .. l + num_levels - 1
+    position.sampling = "level"  # discrete_wavelet: level: the samples of each level | fine: psi((t - b) / 2^level)
+    position.origin = "start"  # discrete_wavelet: what stands at t = b: start | centre (of the support)
     position.theta = 10000.0  # rope, sinusoidal, transformer_xl: base of the frequencies
     position.layout = "half_split"  # rope: half_split | interleaved
     position.clip_distance = 64  # shaw: farther keys share a vector

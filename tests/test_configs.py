@@ -111,13 +111,13 @@ def test_method_options_are_plain_values():
 
 
 def test_importing_the_package_is_light():
-    """`import wavelet_jax` and its mathematics load jax and no more: no flax, orbax, grain or matplotlib."""
+    """`import wavelet_jax` and its mathematics load jax and no more: no flax, orbax, grain, matplotlib or PyWavelets."""
     import subprocess
     import sys
 
     code = (
         "import sys, wavelet_jax, wavelet_jax.wavelets, wavelet_jax.positions, wavelet_jax.attention;"
-        "print([m for m in ('flax', 'orbax', 'grain', 'matplotlib', 'ml_collections') if m in sys.modules])"
+        "print([m for m in ('flax', 'orbax', 'grain', 'matplotlib', 'ml_collections', 'pywt') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -98,6 +98,22 @@ def wavelet(t: jax.Array, scale: jax.Array, shift: jax.Array, mother: str | Call
     return (mother if callable(mother) else MOTHERS[mother])(x)
 
 
+def num_shifts(head_dim: int, count: int, kind: str) -> int:
+    """d/s, the shifts of a grid: how many a head of d dimensions has for each of s scales (or levels: `kind`).
+
+    Raises:
+      UserError: s does not divide d.
+    """
+    if count < 1 or head_dim < 1 or head_dim % count:
+        divisors = [s for s in range(1, max(head_dim, 0) + 1) if head_dim % s == 0]
+        near = min(divisors, key=lambda s: (abs(s - count), s)) if divisors else None
+        raise UserError(
+            f"{count} {kind} cannot fill a head of {head_dim} dimensions evenly: "
+            f"set num_{kind} to one of {divisors} (nearest {near})" + (", or give scales and shifts yourself" if kind == "scales" else "")
+        )
+    return head_dim // count
+
+
 def scale_shift_grid(head_dim: int, num_scales: int = 8, first_exponent: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The (scale, shift) pairs of Eq. (13): {2^e .. 2^(e+s-1)} x {0 .. d/s - 1}, one pair a head dimension.
 
@@ -112,20 +128,13 @@ def scale_shift_grid(head_dim: int, num_scales: int = 8, first_exponent: int = 0
     Raises:
       UserError: s does not divide d, or a scale is past float32.
     """
-    if num_scales < 1 or head_dim < 1 or head_dim % num_scales:
-        divisors = [s for s in range(1, max(head_dim, 0) + 1) if head_dim % s == 0]
-        near = min(divisors, key=lambda s: (abs(s - num_scales), s)) if divisors else None
-        raise UserError(
-            f"{num_scales} scales cannot fill a head of {head_dim} dimensions evenly: "
-            f"set num_scales to one of {divisors} (nearest {near}), or give scales and shifts yourself"
-        )
+    shifts = np.arange(num_shifts(head_dim, num_scales, "scales"))
     if not -60 <= first_exponent <= 128 - num_scales:
         raise UserError(
             f"first_exponent {first_exponent} with {num_scales} scales leaves float32: "
             f"allowed are -60 to {128 - num_scales}"
         )
     exponents = np.arange(first_exponent, first_exponent + num_scales)
-    shifts = np.arange(head_dim // num_scales)
     scale_grid, shift_grid = np.meshgrid(2.0**exponents, shifts, indexing="ij")
     return scale_grid.ravel().astype(np.float32), shift_grid.ravel().astype(np.float32)
 

@@ -5,6 +5,7 @@ import dataclasses
 from wavelet_jax.errors import unknown
 from wavelet_jax.positions.absolute import Learned, NoPE, Sinusoidal
 from wavelet_jax.positions.alibi import ALiBi
+from wavelet_jax.positions.discrete_wavelet import DiscreteWavelet
 from wavelet_jax.positions.rope import RoPE
 from wavelet_jax.positions.shaw import Shaw
 from wavelet_jax.positions.t5 import T5
@@ -16,6 +17,7 @@ __all__ = ["METHODS", "PositionMethod", "Terms", "make", "options"]
 
 METHODS: dict[str, type[PositionMethod]] = {
     "wavelet": Wavelet,
+    "discrete_wavelet": DiscreteWavelet,
     "rope": RoPE,
     "alibi": ALiBi,
     "transformer_xl": TransformerXL,

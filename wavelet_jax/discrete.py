@@ -1,0 +1,163 @@
+"""Discrete wavelets as position vectors (A.14, Table 4): PyWavelets' samples, looked up by distance.
+
+The paper takes "8 levels of {1, 2, .., 8} instead of the 8-pattern scale parameters", shifts 0 .. 15, and the values that
+PyWavelets computes; how a relative position t, a shift b and a level l pick a value is not stated. `wavefun(l)` returns
+psi in steps of 2^-l over its support [0, N - 1], N the length of the filters: 2^l (N - 1) steps. Readings:
+
+  sampling="level"  one value a token as they come, p[t, j] = wavefun(l_j)[t - b_j], and 0 outside. The default: supports
+                    double from level to level, so that levels do stand in the place of scales.
+  sampling="fine"   Eq. (11) with a = 2^l: psi((t - b) / 2^l), read off wavefun(12). The same as "level" but for the first few
+                    levels, where PyWavelets' cascade has not converged. Level 0, a = 1, exists here only.
+  (not offered)     the level as resolution only, a token a unit of psi's own x. All levels would be nearly one column,
+                    a = 1, and rbio1.1, which is the Haar wavelet, would share the fate of fixed-scale Haar (Table 3: 299 at
+                    2,512 tokens); Table 4 has it at 18.98, near the 18.17 of Haar with its eight scales.
+
+  origin="start"    the first value stands at t = b, as psi's x begins at 0: the whole wavelet lies b tokens away and more.
+  origin="centre"   the middle of the support stands at t = b, as a Ricker's does; a causal model sees the later half.
+
+  t_sign="m-n"      t = m - n, the distance itself.
+  t_sign="n-m"      the wavelet mirrored and t = n - m, as footnote 8 says of Haar: p is read at m - n + b, so that the shift moves
+                    it towards the future and a causal model misses its first b tokens. (Not mirrored it would miss all.)
+
+Heights are psi's own, not divided by sqrt(a), as in Eq. (11). bior and rbio: the wavelet of decomposition, as in the paper.
+Pure functions; PyWavelets is imported where it is first needed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.wavelets import T_SIGNS, num_shifts
+
+SAMPLINGS = ("level", "fine")
+ORIGINS = ("start", "centre")
+MAX_LEVEL = 12  # 2^12 (N - 1) numbers: 413,696 for the longest filters; and the level of "fine"
+
+
+@functools.cache
+def samples(wavelet: str, level: int, sampling: str = "level") -> np.ndarray:
+    """psi of one level, a value a token: float64 [n], with zeros at both ends; n is 2^level (N - 1), or 1 or 2 more.
+
+    Args:
+      wavelet: a name of `pywt.wavelist(kind="discrete")`.
+      level: 1 .. 12, or 0 .. 12 where `sampling` is "fine".
+      sampling: "level" or "fine", as said above.
+
+    Raises:
+      UserError: unknown wavelet or sampling, or a level that there is not.
+    """
+    import pywt
+
+    names = pywt.wavelist(kind="discrete")
+    if wavelet not in names:
+        raise unknown("discrete wavelet", wavelet, names)
+    if sampling not in SAMPLINGS:
+        raise unknown("sampling", sampling, SAMPLINGS)
+    lowest = 1 if sampling == "level" else 0
+    if not lowest <= level <= MAX_LEVEL:
+        raise UserError(f"sampling {sampling!r} has levels {lowest} to {MAX_LEVEL}, not {level}")
+    # wavefun gives phi, psi, x; of biorthogonal wavelets first those of decomposition, then those of reconstruction.
+    psi = pywt.Wavelet(wavelet).wavefun(level if sampling == "level" else MAX_LEVEL)[1]
+    return psi if sampling == "level" else psi[:: 2 ** (MAX_LEVEL - level)]
+
+
+def level_shift_grid(head_dim: int, num_levels: int = 8, first_level: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The (level, shift) pairs in the place of Eq. (13)'s: {l .. l + s - 1} x {0 .. d/s - 1}, one a head dimension.
+
+    Args:
+      head_dim: d, the size of one head.
+      num_levels: s, which must divide d.
+      first_level: l; the paper takes 1.
+
+    Returns:
+      (levels[d], shifts[d]), int32, level by level.
+
+    Raises:
+      UserError: s does not divide d.
+    """
+    shifts = num_shifts(head_dim, num_levels, "levels")
+    levels, shifts = np.meshgrid(first_level + np.arange(num_levels), np.arange(shifts), indexing="ij")
+    return levels.ravel().astype(np.int32), shifts.ravel().astype(np.int32)
+
+
+class _Columns(NamedTuple):
+    """The samples of all columns, each level's once and with a zero on both sides, and where a column finds its own."""
+
+    values: np.ndarray  # float32
+    start: np.ndarray  # [D] int32: the zero before the column's samples
+    length: np.ndarray  # [D] int32: the samples
+    origin: np.ndarray  # [D] int32: the sample at t = b
+
+
+@functools.cache
+def _columns(wavelet: str, levels: tuple[int, ...], sampling: str, origin: str) -> _Columns:
+    if origin not in ORIGINS:
+        raise unknown("origin", origin, ORIGINS)
+    tables = {level: samples(wavelet, level, sampling) for level in dict.fromkeys(levels)}
+    starts = np.cumsum([0, *(len(table) + 2 for table in tables.values())])
+    start = dict(zip(tables, starts, strict=False))
+    length = np.array([len(tables[level]) for level in levels], np.int32)
+    return _Columns(
+        values=np.concatenate([np.pad(table, 1) for table in tables.values()]).astype(np.float32),
+        start=np.array([start[level] for level in levels], np.int32),
+        length=length,
+        origin=np.zeros_like(length) if origin == "start" else (length - 1) // 2,
+    )
+
+
+def discrete_position(
+    distance: jax.Array,
+    wavelet: str,
+    levels: np.ndarray,
+    shifts: np.ndarray,
+    *,
+    sampling: str = "level",
+    origin: str = "start",
+    t_sign: str = "m-n",
+) -> jax.Array:
+    """The relative position vectors p[t, j] of A.14 for every distance.
+
+    Args:
+      distance: integers of any shape [...]: query position m minus key position n, tokens; any int32 but -2^31.
+      wavelet, sampling, origin, t_sign: as said above.
+      levels, shifts: [D] integers.
+
+    Returns:
+      [..., D] float32.
+
+    Raises:
+      UserError: an unknown name, a level that there is not, levels and shifts of different or wrong shapes, or
+        distances that are no integers.
+    """
+    if t_sign not in T_SIGNS:
+        raise unknown("t_sign", t_sign, T_SIGNS)
+    levels, shifts = np.asarray(levels), np.asarray(shifts, np.int32)
+    if levels.shape != shifts.shape or levels.ndim != 1:
+        raise UserError(f"levels {levels.shape} and shifts {shifts.shape} must have one shape, [D]")
+    distance = jnp.asarray(distance)
+    if not jnp.issubdtype(distance.dtype, jnp.integer):
+        raise UserError(f"distances of discrete wavelets must be integers, not {distance.dtype}")
+    columns = _columns(wavelet, tuple(levels.tolist()), sampling, origin)
+    ahead = columns.origin + (-shifts if t_sign == "m-n" else shifts)
+    # A sum past int32 wraps to the other end of it, which is as far outside of the samples.
+    index = jnp.clip(distance.astype(jnp.int32)[..., None] + ahead, -1, columns.length)
+    return jnp.asarray(columns.values).at[columns.start + 1 + index].get(mode="promise_in_bounds")
+
+
+def support(
+    wavelet: str,
+    levels: np.ndarray,
+    shifts: np.ndarray,
+    *,
+    sampling: str = "level",
+    origin: str = "start",
+    t_sign: str = "m-n",
+) -> int:
+    """The distance, tokens, past which every column is 0: 16,143 for db32 with levels 1 .. 8 and shifts 0 .. 15."""
+    columns = _columns(wavelet, tuple(np.asarray(levels).tolist()), sampling, origin)
+    behind = (np.asarray(shifts) if t_sign == "m-n" else -np.asarray(shifts)) - columns.origin
+    return int(np.max(np.maximum(np.abs(behind), np.abs(behind + columns.length - 1))))

@@ -1,0 +1,56 @@
+"""Discrete wavelets (Oka et al., ICLR 2025, A.14): Table 4's variant of the paper's method. Values are in `discrete`."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+
+from wavelet_jax import discrete
+from wavelet_jax.errors import unknown
+from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.wavelets import T_SIGNS
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteWavelet:
+    """score += q . p[t], Eq. (10), where p is looked up among PyWavelets' samples; one fixed table for all heads.
+
+    The samples are no smooth function of t, and at the paper's levels they reach far: 2^8 (N - 1) tokens and the shift,
+    783 for db2, 15,631 for dmey, 16,143 for db32, 24,335 for coif16. Attention of linear memory carries them to the same
+    accuracy by the near form over all of that (`attention.tiled`: a second product a tile, as for learned tables), where
+    the smooth wavelets need it in a narrow band; kernels refuse them where they reach past a band.
+
+    Attributes:
+      wavelet: a discrete wavelet of PyWavelets: db1 .. db38, sym2 .., coif1 .., dmey, bior1.1 .., rbio1.1 .., haar.
+      num_levels, first_level: levels in the place of scales; see `discrete.level_shift_grid`.
+      sampling: "level" or "fine"; origin: "start" or "centre"; t_sign: "m-n" or "n-m"; see `discrete` for the readings.
+    """
+
+    num_heads: int
+    head_dim: int
+    wavelet: str = "db2"
+    num_levels: int = 8
+    first_level: int = 1
+    sampling: str = "level"
+    origin: str = "start"
+    t_sign: str = "m-n"
+    per_layer: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.t_sign not in T_SIGNS:
+            raise unknown("t_sign", self.t_sign, T_SIGNS)
+        discrete.support(**self._columns())  # raises for what there is not
+
+    def _columns(self) -> dict:
+        levels, shifts = discrete.level_shift_grid(self.head_dim, self.num_levels, self.first_level)
+        reading = {"sampling": self.sampling, "origin": self.origin, "t_sign": self.t_sign}
+        return {"wavelet": self.wavelet, "levels": levels, "shifts": shifts, **reading}
+
+    def init(self, key: jax.Array) -> Params:
+        return {}
+
+    def terms(self, params: Params) -> Terms:
+        columns = self._columns()
+        relative_keys = functools.partial(discrete.discrete_position, **columns)
+        return Terms(relative_keys=relative_keys, support=discrete.support(**columns))
