@@ -10,8 +10,9 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import pywt
 
-KNOWN = {"wavelet", "rope", "alibi", "transformer_xl", "shaw", "t5", "sinusoidal", "learned", "nope"}
+KNOWN = {"wavelet", "discrete_wavelet", "rope", "alibi", "transformer_xl", "shaw", "t5", "sinusoidal", "learned", "nope"}
 
 PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
@@ -63,6 +64,46 @@ def grid(head_dim: int, num_scales: int, first_exponent: int = 0) -> tuple[np.nd
 def wavelet_vector(t: int, scales: np.ndarray, shifts: np.ndarray, mother: str = "ricker") -> np.ndarray:
     """p[t, :], Eq. (14), where t is m - n (or n - m: the caller's sign)."""
     return np.array([psi(mother, t, a, b) for a, b in zip(scales, shifts, strict=True)])
+
+
+@functools.cache
+def discrete_samples(name: str, level: int) -> np.ndarray:
+    """psi of a discrete wavelet in steps of 2^-level by the cascade: the high-pass filter once, then the low-pass filter.
+
+    The wavelet of decomposition: its filters run backwards are those that would build signals of it. Of PyWavelets only
+    the filters are taken, and its conventions: a zero at x = 0, and the sign of biorthogonal wavelets.
+    """
+    filters = pywt.Wavelet(name)
+    low, high = np.array(filters.dec_lo[::-1]), np.array(filters.dec_hi[::-1])
+    sign = -1 if not filters.orthogonal and filters.vanishing_moments_psi % 4 != 1 else 1
+    values = sign * 2 ** (level / 2) * high
+    for _ in range(level - 1):
+        spread = np.zeros(2 * len(values) - 1)
+        spread[::2] = values
+        values = np.convolve(spread, low)
+    return np.concatenate([[0.0], values])
+
+
+def discrete_vector(
+    t: int,
+    head_dim: int,
+    wavelet: str = "db2",
+    num_levels: int = 8,
+    first_level: int = 1,
+    sampling: str = "level",
+    origin: str = "start",
+    t_sign: str = "m-n",
+) -> np.ndarray:
+    """p[t, :] of A.14 for t = m - n, level by level; the readings are those of wavelet_jax/discrete.py."""
+    vector = []
+    for level in range(first_level, first_level + num_levels):
+        step = 1 if sampling == "level" else 2 ** (12 - level)
+        psi = discrete_samples(wavelet, level if sampling == "level" else 12)
+        middle = (pywt.Wavelet(wavelet).dec_len - 1) * 2**level // 2 if origin == "centre" else 0
+        for shift in range(head_dim // num_levels):
+            index = step * (t + middle - (shift if t_sign == "m-n" else -shift))
+            vector.append(psi[index] if 0 <= index < len(psi) else 0.0)
+    return np.array(vector)
 
 
 def angle_error(angle: float, position: int, frequency: float) -> float:
@@ -156,6 +197,8 @@ def score(
             t = m - n if options.get("t_sign", "m-n") == "m-n" else n - m
             scales, shifts = _wavelet_grid(options, params, head, len(q))
             return (q @ k + q @ wavelet_vector(t, scales, shifts, options.get("mother", "ricker"))) / root
+        case "discrete_wavelet":  # A.14
+            return (q @ k + q @ discrete_vector(m - n, len(q), **options)) / root
         case "rope":
             return rope(q, m, **options) @ rope(k, n, **options) / root
         case "alibi":

@@ -100,6 +100,13 @@ def test_nope_fills_no_field():
         ("wavelet", {"scales": [1e39] * 16, "shifts": [0] * 16}, r"scales must be positive and finite.*float32"),
         ("wavelet", {"scales": np.ones(16), "shifts": np.full(16, np.nan)}, r"shifts finite"),
         ("wavelet", {"scales": [[1], [1, 2]], "shifts": [0]}, r"scales must be numbers of shape"),
+        ("discrete_wavelet", {"wavelet": "db0"}, r"unknown discrete wavelet 'db0': did you mean"),
+        ("discrete_wavelet", {"sampling": "fines"}, r"unknown sampling 'fines': did you mean 'fine'\? allowed are level, fine"),
+        ("discrete_wavelet", {"origin": "middle"}, r"unknown origin 'middle': allowed are start, centre"),
+        ("discrete_wavelet", {"t_sign": "n+m"}, r"unknown t_sign 'n\+m'"),
+        ("discrete_wavelet", {"num_levels": 7}, r"7 levels cannot fill a head of 16 .*set num_levels to .*nearest 8"),
+        ("discrete_wavelet", {"first_level": 0}, r"sampling 'level' has levels 1 to 12, not 0"),
+        ("discrete_wavelet", {"first_level": 6}, r"sampling 'level' has levels 1 to 12, not 13"),
         ("shaw", {"clip_distance": 0}, r"clip_distance must be at least 1, not 0"),
         ("t5", {"num_buckets": 7}, r"num_buckets must be a multiple of 2, not 7"),
         ("t5", {"num_buckets": 6, "bidirectional": True}, r"num_buckets must be a multiple of 4, not 6"),
@@ -183,6 +190,20 @@ def test_wavelet_takes_a_mother_of_ones_own():
     method = make("wavelet", num_heads=1, head_dim=8, mother=jnp.cos)
     np.testing.assert_allclose(method.terms({}).relative_keys(3), np.cos(3 / 2.0 ** np.arange(8)), rtol=0, atol=5e-7)
     assert method.terms({}).support is None
+
+
+# --- Discrete wavelets -----------------------------------------------------------------------------------------
+
+
+def test_discrete_wavelet_defaults():
+    """db2, levels 1 .. 8, head_dim / 8 shifts, t = m - n from t = b on; nothing to learn; 3 2^8 + 15 tokens of support."""
+    terms = make("discrete_wavelet", num_heads=2, head_dim=128).terms({})
+    distance = np.arange(-30, 60)
+    slow = [oracle.discrete_vector(int(t), 128) for t in distance]
+    np.testing.assert_allclose(jax.jit(terms.relative_keys)(distance), slow, rtol=0, atol=2.4e-7)
+    assert terms.support == 783
+    filled = {field.name for field in dataclasses.fields(terms) if getattr(terms, field.name) is not None}
+    assert filled == {"relative_keys", "support"}
 
 
 # --- RoPE ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,13 @@ import numpy as np
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.wavelets import T_SIGNS, num_shifts
 
+# The wavelets of Table 4, in its order.
+TABLE_4 = (
+    *("db2", "db4", "db8", "db16", "db32", "sym2", "sym4", "sym8"),
+    *("coif1", "coif2", "coif4", "coif8", "coif16", "dmey"),
+    *("bior1.3", "bior2.2", "bior2.6", "bior3.1", "bior3.5", "bior3.9", "bior4.4", "bior5.5", "bior6.8"),
+    *("rbio1.1", "rbio1.3", "rbio2.2", "rbio2.6"),
+)
 SAMPLINGS = ("level", "fine")
 ORIGINS = ("start", "centre")
 MAX_LEVEL = 12  # 2^12 (N - 1) numbers: 413,696 for the longest filters; and the level of "fine"
@@ -63,6 +70,13 @@ def samples(wavelet: str, level: int, sampling: str = "level") -> np.ndarray:
     # wavefun gives phi, psi, x; of biorthogonal wavelets first those of decomposition, then those of reconstruction.
     psi = pywt.Wavelet(wavelet).wavefun(level if sampling == "level" else MAX_LEVEL)[1]
     return psi if sampling == "level" else psi[:: 2 ** (MAX_LEVEL - level)]
+
+
+def filter_length(wavelet: str) -> int:
+    """N: psi lives on [0, N - 1], in units of 2^level tokens."""
+    import pywt
+
+    return pywt.Wavelet(wavelet).dec_len
 
 
 def level_shift_grid(head_dim: int, num_levels: int = 8, first_level: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -98,14 +112,14 @@ def _columns(wavelet: str, levels: tuple[int, ...], sampling: str, origin: str) 
     if origin not in ORIGINS:
         raise unknown("origin", origin, ORIGINS)
     tables = {level: samples(wavelet, level, sampling) for level in dict.fromkeys(levels)}
-    starts = np.cumsum([0, *(len(table) + 2 for table in tables.values())])
-    start = dict(zip(tables, starts, strict=False))
-    length = np.array([len(tables[level]) for level in levels], np.int32)
+    widths = [len(table) + 2 for table in tables.values()]
+    start = dict(zip(tables, np.cumsum(widths) - widths, strict=True))
+    middle = {level: (filter_length(wavelet) - 1) * 2**level // 2 for level in tables}
     return _Columns(
         values=np.concatenate([np.pad(table, 1) for table in tables.values()]).astype(np.float32),
         start=np.array([start[level] for level in levels], np.int32),
-        length=length,
-        origin=np.zeros_like(length) if origin == "start" else (length - 1) // 2,
+        length=np.array([len(tables[level]) for level in levels], np.int32),
+        origin=np.array([middle[level] if origin == "centre" else 0 for level in levels], np.int32),
     )
 
 

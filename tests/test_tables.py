@@ -1,0 +1,200 @@
+"""Every row of the paper's Tables 3 and 4: its wavelets in float32, through every backend, and its configs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from conftest import EVERYWHERE, quick_jit
+
+from configs.paper import table3, table4
+from wavelet_jax.attention import attention, tiled
+from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.errors import UserError
+from wavelet_jax.model import make_position
+from wavelet_jax.positions import make
+from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
+
+# Derived in tests/test_conformance.py for scores of sums of 48 products: here they are of 3 D = 384, and add up to the
+# same size, so that roundings are sqrt(8) times as large.
+OUTPUT, GRADIENT = 5e-6 * 8**0.5, 2e-6 * 8**0.5
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# --- Table 3's grids in float32 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scales", table3.GRIDS)
+def test_x_is_exact_at_powers_of_two(scales):
+    """(t - b) / a loses nothing at any of the grids, down to the smallest normal float32, 2^-126.
+
+    Below lie t - b = 1 over 2^127 and no other: hardware may take such an x for 0, and both wavelets are 1 there.
+    """
+    grid = scale_shift_grid(128, *table3.GRIDS[scales])
+    assert len(set(zip(*map(np.ndarray.tolist, grid), strict=True))) == 128
+    distances = np.array([*range(-20, 140), 511, 2511, 100_003, 2**24 - 1], np.int32)
+    x = np.asarray(jax.jit(functools.partial(wavelet_position, mother=lambda x: x))(distances, *grid))
+    exact = (distances[:, None] - np.float64(grid[1])) / np.float64(grid[0])
+    normal_x = np.abs(exact) >= 2.0**-126
+    np.testing.assert_array_equal(x[normal_x], exact[normal_x])
+    assert (np.abs(x[~normal_x]) <= 2.0**-126).all()
+    assert normal_x.mean() > 0.99
+
+
+@pytest.mark.parametrize("mother", ["ricker", "gaussian"])
+@pytest.mark.parametrize("scales", table3.GRIDS)
+def test_grids_are_the_slow_loops(scales, mother):
+    """VALUE of tests/test_wavelets.py; where a is far past t, exactly 1 and nothing else."""
+    grid = scale_shift_grid(128, *table3.GRIDS[scales])
+    distances = np.array([*range(-3, 20), 64, 127, 128, 255, 511, 512, 1011, 2511], np.int32)
+    ours = np.asarray(wavelet_position(distances, *grid, mother))
+    slow = np.array([oracle.wavelet_vector(int(t), *np.float64(grid), mother) for t in distances])
+    np.testing.assert_allclose(ours, slow, rtol=0, atol=5e-7)
+    assert (ours[:, grid[0] >= 2.0**30] == 1).all()
+    assert np.isfinite(ours).all()
+
+
+# --- Through attention -----------------------------------------------------------------------------------------
+
+
+def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: int, S: int, first: int, D: int = 128):
+    """Output, and gradients by queries, keys and values along a random direction, against float64 loops.
+
+    Queries stand at first, first + 1, .. and keys at 0, 1, ..
+    """
+    H = 2
+    position = make(method, num_heads=H, head_dim=D, **options)
+    shapes = {"query": (1, T, H, D), "key": (1, S, 1, D), "value": (1, S, 1, D)}
+    arrays = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    weights = normal(3, 1, T, H, D)
+
+    def loss(arrays, first):
+        places = {"query_positions": first, "key_positions": 0}
+        out = attention(*arrays.values(), position.terms({}), backend=backend, **places)
+        return jnp.sum(out * weights), out
+
+    gradients, out = quick_jit(jax.grad(loss, has_aux=True))(arrays, np.int32(first))
+    constant, again = quick_jit(jax.grad(functools.partial(loss, first=first), has_aux=True))(arrays)
+
+    def slow(arrays) -> np.ndarray:
+        places = {"query_positions": [first + np.arange(T)], "key_positions": [np.arange(S)]}
+        return oracle.attention(*arrays.values(), method, options, **places)
+
+    exact = slow(arrays)
+    step, rng = 2e-6, np.random.default_rng(4)
+    direction = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    ahead, behind = (
+        np.sum(slow({name: np.float64(x) + sign * step * direction[name] for name, x in arrays.items()}) * weights)
+        for sign in (1, -1)
+    )
+    expected = (ahead - behind) / (2 * step)
+    for found, by in ((out, gradients), (again, constant)):  # an offset that is traced, and one that is known
+        np.testing.assert_allclose(found, exact, rtol=0, atol=OUTPUT)
+        norm = np.sqrt(sum(np.sum(np.square(each, dtype=np.float64)) for each in by.values()))
+        along = sum(np.sum(np.float64(by[name]) * direction[name]) for name in by)
+        assert abs(along - expected) <= GRADIENT * norm + 1e-7
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    sizes = Tiles(rows=8, block=4, band=4, keys=8)  # so that a few tokens have tiles of all kinds
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, sizes),)))
+
+
+GRID_CASES = [(mother, scales, backend) for mother in ("ricker", "gaussian") for scales in table3.GRIDS for backend in EVERYWHERE]
+QUICK = [("ricker", "2^0..2^127", "tiled"), ("gaussian", "2^7", "decode")]
+
+
+@pytest.mark.parametrize(
+    ("mother", "scales", "backend"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID_CASES if case not in QUICK)],
+)
+def test_grids_through_attention(mother, scales, backend, small_tiles):
+    count, exponent = table3.GRIDS[scales]
+    options = {"mother": mother, "num_scales": count, "first_exponent": exponent}
+    agrees_with_the_slow_loop(backend, "wavelet", options, T=6, S=20, first=14)
+
+
+FAR_CASES = [(name, backend) for name in ("db32", "coif16", "dmey", "bior1.3") for backend in EVERYWHERE]
+QUICK_FAR = [("coif16", "tiled")]
+
+
+@pytest.mark.parametrize(
+    ("wavelet", "backend"),
+    [*QUICK_FAR, *(pytest.param(*case, marks=pytest.mark.slow) for case in FAR_CASES if case not in QUICK_FAR)],
+)
+def test_wide_supports_through_attention(wavelet, backend, small_tiles):
+    """Queries far from their keys, within the support: factors would be of tens of thousands of distances."""
+    first = {"coif16": 12_150, "bior1.3": 500}.get(wavelet, 8_000)
+    agrees_with_the_slow_loop(backend, "discrete_wavelet", {"wavelet": wavelet}, T=4, S=9, first=first)
+
+
+# --- The tables' configs ---------------------------------------------------------------------------------------
+
+
+def exponents_of(scales: str) -> list[int]:
+    """[0, 1, .., 7] of "2^0..2^7"."""
+    first, _, last = (end.removeprefix("2^") for end in scales.partition(".."))
+    return list(range(int(first), int(last or first) + 1))
+
+
+@pytest.mark.parametrize("row", table3.ROWS)
+def test_rows_of_table_3_are_their_names(row):
+    mother, scales = row.split("_")
+    position = make_position(table3.get_config(row))
+    assert position.mother == {"haar": "haar_standard"}.get(mother, mother)
+    pairs = list(zip(*map(np.ndarray.tolist, position.grid()), strict=True))
+    if row == "haar_2^0":
+        assert sorted(pairs) == sorted([(1.0, float(b)) for b in range(16)] * 8)
+    else:
+        exponents = exponents_of(scales)
+        assert set(pairs) == {(2.0**e, float(b)) for e in exponents for b in range(128 // len(exponents))}
+        assert len(set(pairs)) == 128
+    assert table3.get_config(row).compare.label == row
+
+
+@pytest.mark.parametrize("row", table3.ROWS)
+def test_small_rows_of_table_3_keep_their_scales(row):
+    """A quarter of the paper's 128 wavelets each: of its shifts, or else of its scales."""
+    mother, scales = row.split("_")
+    config = table3.get_config(f"small_{row}")
+    pairs = list(zip(*map(np.ndarray.tolist, make_position(config).grid()), strict=True))
+    assert len(pairs) == config.model.head_dim == 32
+    exponents = exponents_of(scales)
+    if row == "haar_2^0":
+        assert sorted(pairs) == sorted([(1.0, float(b)) for b in range(4)] * 8)
+    else:
+        exponents = exponents[:: -(-len(exponents) // 32)]
+        assert set(pairs) == {(2.0**e, float(b)) for e in exponents for b in range(32 // len(exponents))}
+        assert len(set(pairs)) == 32
+    other = table3.get_config(f"small_{row}_n-m")
+    assert (other.position.t_sign, other.position.mother) == ("n-m", mother)
+    assert other.compare.label == f"{row}_n-m"
+
+
+def test_rows_of_table_4_are_their_names():
+    for row in table4.ROWS:
+        for size in ("", "small_"):
+            config = table4.get_config(f"{size}{row}_fine_centre_n-m")
+            assert config.compare.label == f"{row}_fine_centre_n-m"
+            position = config.position
+            assert (position.wavelet, position.sampling, position.origin) == (row, "fine", "centre")
+            assert (position.t_sign, position.num_levels, position.first_level) == ("n-m", 8, 1)
+    plain = make_position(table4.get_config("sym4"))
+    assert (plain.sampling, plain.origin, plain.t_sign, plain.head_dim) == ("level", "start", "m-n", 128)
+
+
+@pytest.mark.parametrize("table", [table3, table4])
+def test_small_alone_compares_rows(table):
+    config = table.get_config("small")
+    assert len(config.compare.variants) >= 5
+    for variant in config.compare.variants:
+        assert table.get_config(variant).compare.variants == ()
+        assert variant.removeprefix("small_") in table.ROWS
+    with pytest.raises(UserError, match=r"unknown row of Table \d 'db22': "):
+        table.get_config("db22")
