@@ -38,7 +38,9 @@ def test_x_is_exact_at_powers_of_two(scales):
     grid = scale_shift_grid(128, *table3.GRIDS[scales])
     assert len(set(zip(*map(np.ndarray.tolist, grid), strict=True))) == 128
     distances = np.array([*range(-20, 140), 511, 2511, 100_003, 2**24 - 1], np.int32)
-    x = np.asarray(jax.jit(functools.partial(wavelet_position, mother=lambda x: x))(distances, *grid))
+    identity = functools.partial(wavelet_position, mother=lambda x: x)
+    x = np.asarray(jax.jit(identity)(distances, *grid))
+    constant = np.asarray(jax.jit(lambda distances: identity(distances, *grid))(distances))
     exact = (distances[:, None] - np.float64(grid[1])) / np.float64(grid[0])
     normal_x = np.abs(exact) >= 2.0**-126
     np.testing.assert_array_equal(x[normal_x], exact[normal_x])
@@ -75,7 +77,8 @@ def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: in
 
     def loss(arrays, first):
         places = {"query_positions": first, "key_positions": 0}
-        out = attention(*arrays.values(), position.terms({}), backend=backend, **places)
+        q, k, v = (arrays[name] for name in shapes)  # jit sorts the names
+        out = attention(q, k, v, position.terms({}), backend=backend, **places)
         return jnp.sum(out * weights), out
 
     gradients, out = quick_jit(jax.grad(loss, has_aux=True))(arrays, np.int32(first))
@@ -175,6 +178,14 @@ def test_small_rows_of_table_3_keep_their_scales(row):
     other = table3.get_config(f"small_{row}_n-m")
     assert (other.position.t_sign, other.position.mother) == ("n-m", mother)
     assert other.compare.label == f"{row}_n-m"
+
+
+def test_fixed_scale_haar_of_the_other_sign_sees_two_distances():
+    """As configs/paper/table3.py says; with m - n it tells 16 distances apart."""
+    for variant, seen in (("haar_2^0_n-m", [0, 1]), ("haar_2^0", list(range(16))), ("haar_2^0_shifts0..127", list(range(128)))):
+        table = make_position(table3.get_config(variant)).terms({}).relative_keys(np.arange(200))
+        assert np.flatnonzero(np.abs(table).max(axis=1)).tolist() == seen
+        assert len(np.unique(np.asarray(table)[seen], axis=0)) == len(seen)
 
 
 def test_rows_of_table_4_are_their_names():
