@@ -12,7 +12,18 @@ from fractions import Fraction
 import numpy as np
 import pywt
 
-KNOWN = {"wavelet", "discrete_wavelet", "rope", "alibi", "transformer_xl", "shaw", "t5", "sinusoidal", "learned", "nope"}
+KNOWN = {
+    "wavelet",
+    "discrete_wavelet",
+    "rope",
+    "alibi",
+    "transformer_xl",
+    "shaw",
+    "t5",
+    "sinusoidal",
+    "learned",
+    "nope",
+}
 
 PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
@@ -68,7 +79,7 @@ def wavelet_vector(t: int, scales: np.ndarray, shifts: np.ndarray, mother: str =
 
 @functools.cache
 def discrete_samples(name: str, level: int) -> np.ndarray:
-    """psi of a discrete wavelet in steps of 2^-level by the cascade: the high-pass filter once, then the low-pass filter.
+    """psi of a discrete wavelet in steps of 2^-level by the cascade: the high-pass filter once, then the low-pass one.
 
     The wavelet of decomposition: its filters run backwards are those that would build signals of it. Of PyWavelets only
     the filters are taken, and its conventions: a zero at x = 0, and the sign of biorthogonal wavelets.

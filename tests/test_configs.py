@@ -111,7 +111,7 @@ def test_method_options_are_plain_values():
 
 
 def test_importing_the_package_is_light():
-    """`import wavelet_jax` and its mathematics load jax and no more: no flax, orbax, grain, matplotlib or PyWavelets."""
+    """`import wavelet_jax` and its mathematics load jax and no more: no flax, orbax, grain, matplotlib, pywt."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Pictures of wavelets show what they say: their lines and images against the oracle's numbers, and ink in the files."""
+"""Pictures of wavelets show what they say: lines and images against the oracle's numbers, and ink in the files."""
 
 import numpy as np
 import oracle

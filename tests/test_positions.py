@@ -101,7 +101,11 @@ def test_nope_fills_no_field():
         ("wavelet", {"scales": np.ones(16), "shifts": np.full(16, np.nan)}, r"shifts finite"),
         ("wavelet", {"scales": [[1], [1, 2]], "shifts": [0]}, r"scales must be numbers of shape"),
         ("discrete_wavelet", {"wavelet": "db0"}, r"unknown discrete wavelet 'db0': did you mean"),
-        ("discrete_wavelet", {"sampling": "fines"}, r"unknown sampling 'fines': did you mean 'fine'\? allowed are level, fine"),
+        (
+            "discrete_wavelet",
+            {"sampling": "fines"},
+            r"unknown sampling 'fines': did you mean 'fine'\?",
+        ),
         ("discrete_wavelet", {"origin": "middle"}, r"unknown origin 'middle': allowed are start, centre"),
         ("discrete_wavelet", {"t_sign": "n+m"}, r"unknown t_sign 'n\+m'"),
         ("discrete_wavelet", {"num_levels": 7}, r"7 levels cannot fill a head of 16 .*set num_levels to .*nearest 8"),
@@ -196,7 +200,7 @@ def test_wavelet_takes_a_mother_of_ones_own():
 
 
 def test_discrete_wavelet_defaults():
-    """db2, levels 1 .. 8, head_dim / 8 shifts, t = m - n from t = b on; nothing to learn; 3 2^8 + 15 tokens of support."""
+    """db2, levels 1 .. 8, head_dim / 8 shifts, t = m - n from t = b on; nothing to learn; support 3 2^8 + 15 tokens."""
     terms = make("discrete_wavelet", num_heads=2, head_dim=128).terms({})
     distance = np.arange(-30, 60)
     slow = [oracle.discrete_vector(int(t), 128) for t in distance]

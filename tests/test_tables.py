@@ -1,6 +1,7 @@
 """Every row of the paper's Tables 3 and 4: its wavelets in float32, through every backend, and its configs."""
 
 import functools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +27,31 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@functools.cache
+def jitted(mother: str):
+    return quick_jit(functools.partial(wavelet_position, mother=mother))
+
+
 # --- Table 3's grids in float32 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scales", table3.GRIDS)
-def test_x_is_exact_at_powers_of_two(scales):
-    """(t - b) / a loses nothing at any of the grids, down to the smallest normal float32, 2^-126.
+@pytest.mark.parametrize("constant", [False, True])
+def test_x_is_exact_at_powers_of_two(constant):
+    """(t - b) / a loses nothing at any scale up to 2^126, for scales of a program's arguments and of its constants.
 
-    Below lie t - b = 1 over 2^127 and no other: hardware may take such an x for 0, and both wavelets are 1 there.
+    1 / 2^127 is subnormal: hardware that takes it for 0 takes x for 0 too. All wavelets are flat there to 2^-190.
     """
-    grid = scale_shift_grid(128, *table3.GRIDS[scales])
-    assert len(set(zip(*map(np.ndarray.tolist, grid), strict=True))) == 128
+    exponents = np.arange(128)
+    scales, shifts = 2.0 ** exponents.astype(np.float32), np.resize(np.float32([0, 1, 15, 127]), 128)
     distances = np.array([*range(-20, 140), 511, 2511, 100_003, 2**24 - 1], np.int32)
     identity = functools.partial(wavelet_position, mother=lambda x: x)
-    x = np.asarray(jax.jit(identity)(distances, *grid))
-    constant = np.asarray(jax.jit(lambda distances: identity(distances, *grid))(distances))
-    exact = (distances[:, None] - np.float64(grid[1])) / np.float64(grid[0])
-    normal_x = np.abs(exact) >= 2.0**-126
-    np.testing.assert_array_equal(x[normal_x], exact[normal_x])
-    assert (np.abs(x[~normal_x]) <= 2.0**-126).all()
-    assert normal_x.mean() > 0.99
+    if constant:
+        x = quick_jit(functools.partial(identity, scales=scales, shifts=shifts))(distances)
+    else:
+        x = quick_jit(identity)(distances, scales, shifts)
+    exact = (distances[:, None] - np.float64(shifts)) / np.float64(scales)
+    np.testing.assert_array_equal(x[:, :-1], exact[:, :-1])
+    assert ((x[:, -1] == exact[:, -1]) | (x[:, -1] == 0)).all()
 
 
 @pytest.mark.parametrize("mother", ["ricker", "gaussian"])
@@ -54,7 +60,7 @@ def test_grids_are_the_slow_loops(scales, mother):
     """VALUE of tests/test_wavelets.py; where a is far past t, exactly 1 and nothing else."""
     grid = scale_shift_grid(128, *table3.GRIDS[scales])
     distances = np.array([*range(-3, 20), 64, 127, 128, 255, 511, 512, 1011, 2511], np.int32)
-    ours = np.asarray(wavelet_position(distances, *grid, mother))
+    ours = np.asarray(jitted(mother)(distances, *grid))
     slow = np.array([oracle.wavelet_vector(int(t), *np.float64(grid), mother) for t in distances])
     np.testing.assert_allclose(ours, slow, rtol=0, atol=5e-7)
     assert (ours[:, grid[0] >= 2.0**30] == 1).all()
@@ -64,12 +70,12 @@ def test_grids_are_the_slow_loops(scales, mother):
 # --- Through attention -----------------------------------------------------------------------------------------
 
 
-def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: int, S: int, first: int, D: int = 128):
+def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: int, S: int, first: int, traced: bool):
     """Output, and gradients by queries, keys and values along a random direction, against float64 loops.
 
-    Queries stand at first, first + 1, .. and keys at 0, 1, ..
+    Queries stand at first, first + 1, .. and keys at 0, 1, ..; `first` is known while tracing, or traced.
     """
-    H = 2
+    H, D = 2, 128
     position = make(method, num_heads=H, head_dim=D, **options)
     shapes = {"query": (1, T, H, D), "key": (1, S, 1, D), "value": (1, S, 1, D)}
     arrays = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
@@ -81,26 +87,26 @@ def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: in
         out = attention(q, k, v, position.terms({}), backend=backend, **places)
         return jnp.sum(out * weights), out
 
-    gradients, out = quick_jit(jax.grad(loss, has_aux=True))(arrays, np.int32(first))
-    constant, again = quick_jit(jax.grad(functools.partial(loss, first=first), has_aux=True))(arrays)
+    gradient = jax.grad(loss, has_aux=True)
+    if traced:
+        gradients, out = quick_jit(gradient)(arrays, np.int32(first))
+    else:
+        gradients, out = quick_jit(lambda arrays: gradient(arrays, first))(arrays)
 
     def slow(arrays) -> np.ndarray:
         places = {"query_positions": [first + np.arange(T)], "key_positions": [np.arange(S)]}
         return oracle.attention(*arrays.values(), method, options, **places)
 
-    exact = slow(arrays)
+    np.testing.assert_allclose(out, slow(arrays), rtol=0, atol=OUTPUT)
     step, rng = 2e-6, np.random.default_rng(4)
     direction = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     ahead, behind = (
         np.sum(slow({name: np.float64(x) + sign * step * direction[name] for name, x in arrays.items()}) * weights)
         for sign in (1, -1)
     )
-    expected = (ahead - behind) / (2 * step)
-    for found, by in ((out, gradients), (again, constant)):  # an offset that is traced, and one that is known
-        np.testing.assert_allclose(found, exact, rtol=0, atol=OUTPUT)
-        norm = np.sqrt(sum(np.sum(np.square(each, dtype=np.float64)) for each in by.values()))
-        along = sum(np.sum(np.float64(by[name]) * direction[name]) for name in by)
-        assert abs(along - expected) <= GRADIENT * norm + 1e-7
+    along = sum(np.sum(np.float64(gradients[name]) * direction[name]) for name in shapes)
+    norm = np.sqrt(sum(np.sum(np.square(each, dtype=np.float64)) for each in gradients.values()))
+    assert abs(along - (ahead - behind) / (2 * step)) <= GRADIENT * norm + 1e-7
 
 
 @pytest.fixture
@@ -109,32 +115,34 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, sizes),)))
 
 
-GRID_CASES = [(mother, scales, backend) for mother in ("ricker", "gaussian") for scales in table3.GRIDS for backend in EVERYWHERE]
-QUICK = [("ricker", "2^0..2^127", "tiled"), ("gaussian", "2^7", "decode")]
+def quick_and_slow(quick: list[tuple], *axes) -> list:
+    """All combinations, of which only the quick ones run by default."""
+    return [*quick, *(pytest.param(*each, marks=pytest.mark.slow) for each in product(*axes) if each not in quick)]
 
 
 @pytest.mark.parametrize(
-    ("mother", "scales", "backend"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID_CASES if case not in QUICK)],
+    ("mother", "scales", "backend", "traced"),
+    quick_and_slow(
+        [("ricker", "2^0..2^127", "tiled", False), ("gaussian", "2^7", "decode", True)],
+        *(("ricker", "gaussian"), table3.GRIDS, EVERYWHERE, (False, True)),
+    ),
 )
-def test_grids_through_attention(mother, scales, backend, small_tiles):
+def test_grids_through_attention(mother, scales, backend, traced, small_tiles):
     count, exponent = table3.GRIDS[scales]
     options = {"mother": mother, "num_scales": count, "first_exponent": exponent}
-    agrees_with_the_slow_loop(backend, "wavelet", options, T=6, S=20, first=14)
-
-
-FAR_CASES = [(name, backend) for name in ("db32", "coif16", "dmey", "bior1.3") for backend in EVERYWHERE]
-QUICK_FAR = [("coif16", "tiled")]
+    agrees_with_the_slow_loop(backend, "wavelet", options, T=6, S=20, first=14, traced=traced)
 
 
 @pytest.mark.parametrize(
-    ("wavelet", "backend"),
-    [*QUICK_FAR, *(pytest.param(*case, marks=pytest.mark.slow) for case in FAR_CASES if case not in QUICK_FAR)],
+    ("wavelet", "backend", "traced"),
+    quick_and_slow(
+        [("coif16", "tiled", True)], ("db32", "coif16", "dmey", "bior1.3", "bior3.1"), EVERYWHERE, (False, True)
+    ),
 )
-def test_wide_supports_through_attention(wavelet, backend, small_tiles):
+def test_wide_supports_through_attention(wavelet, backend, traced, small_tiles):
     """Queries far from their keys, within the support: factors would be of tens of thousands of distances."""
-    first = {"coif16": 12_150, "bior1.3": 500}.get(wavelet, 8_000)
-    agrees_with_the_slow_loop(backend, "discrete_wavelet", {"wavelet": wavelet}, T=4, S=9, first=first)
+    first = {"coif16": 12_150, "bior1.3": 500, "bior3.1": 300}.get(wavelet, 8_000)
+    agrees_with_the_slow_loop(backend, "discrete_wavelet", {"wavelet": wavelet}, T=4, S=9, first=first, traced=traced)
 
 
 # --- The tables' configs ---------------------------------------------------------------------------------------
@@ -182,10 +190,10 @@ def test_small_rows_of_table_3_keep_their_scales(row):
 
 def test_fixed_scale_haar_of_the_other_sign_sees_two_distances():
     """As configs/paper/table3.py says; with m - n it tells 16 distances apart."""
-    for variant, seen in (("haar_2^0_n-m", [0, 1]), ("haar_2^0", list(range(16))), ("haar_2^0_shifts0..127", list(range(128)))):
-        table = make_position(table3.get_config(variant)).terms({}).relative_keys(np.arange(200))
-        assert np.flatnonzero(np.abs(table).max(axis=1)).tolist() == seen
-        assert len(np.unique(np.asarray(table)[seen], axis=0)) == len(seen)
+    for variant, count in (("haar_2^0_n-m", 2), ("haar_2^0", 16), ("haar_2^0_shifts0..127", 128)):
+        table = np.asarray(quick_jit(make_position(table3.get_config(variant)).terms({}).relative_keys)(np.arange(200)))
+        assert np.flatnonzero(np.abs(table).max(axis=1)).tolist() == list(range(count))
+        assert len(np.unique(table[:count], axis=0)) == count
 
 
 def test_rows_of_table_4_are_their_names():

@@ -1,25 +1,30 @@
 """Discrete wavelets as position vectors (A.14, Table 4): PyWavelets' samples, looked up by distance.
 
-The paper takes "8 levels of {1, 2, .., 8} instead of the 8-pattern scale parameters", shifts 0 .. 15, and the values that
-PyWavelets computes; how a relative position t, a shift b and a level l pick a value is not stated. `wavefun(l)` returns
-psi in steps of 2^-l over its support [0, N - 1], N the length of the filters: 2^l (N - 1) steps. Readings:
+The paper takes "8 levels of {1, 2, .., 8} instead of the 8-pattern scale parameters", shifts 0 .. 15, and the values
+that PyWavelets computes; how a relative position t, a shift b and a level l pick a value is not stated. `wavefun(l)`
+returns psi in steps of 2^-l over its support [0, N - 1], N the length of the filters: 2^l (N - 1) steps. Readings:
 
-  sampling="level"  one value a token as they come, p[t, j] = wavefun(l_j)[t - b_j], and 0 outside. The default: supports
-                    double from level to level, so that levels do stand in the place of scales.
-  sampling="fine"   Eq. (11) with a = 2^l: psi((t - b) / 2^l), read off wavefun(12). The same as "level" but for the first few
-                    levels, where PyWavelets' cascade has not converged. Level 0, a = 1, exists here only.
+  sampling="level"  one value a token as they come, p[t, j] = wavefun(l_j)[t - b_j], and 0 outside. The default:
+                    supports double from level to level, so that levels do stand in the place of scales.
+  sampling="fine"   Eq. (11) with a = 2^l: psi((t - b) / 2^l), read off wavefun(12). Level 0, a = 1, exists here only.
+                    The cascade of level l stands a few tokens to the left of that (the mean of phi: 0.6 for db2, 6 for
+                    db32, 30 for dmey), and is coarse at the first levels.
   (not offered)     the level as resolution only, a token a unit of psi's own x. All levels would be nearly one column,
-                    a = 1, and rbio1.1, which is the Haar wavelet, would share the fate of fixed-scale Haar (Table 3: 299 at
-                    2,512 tokens); Table 4 has it at 18.98, near the 18.17 of Haar with its eight scales.
+                    a = 1, and rbio1.1, which is the Haar wavelet, would share the fate of fixed-scale Haar (Table 3:
+                    299 at 2,512 tokens); Table 4 has it at 18.98, near the 18.17 of Haar with its eight scales.
 
-  origin="start"    the first value stands at t = b, as psi's x begins at 0: the whole wavelet lies b tokens away and more.
+  origin="start"    the first value stands at t = b, as psi's x begins at 0: the whole wavelet lies b tokens away and
+                    more.
   origin="centre"   the middle of the support stands at t = b, as a Ricker's does; a causal model sees the later half.
 
   t_sign="m-n"      t = m - n, the distance itself.
-  t_sign="n-m"      the wavelet mirrored and t = n - m, as footnote 8 says of Haar: p is read at m - n + b, so that the shift moves
-                    it towards the future and a causal model misses its first b tokens. (Not mirrored it would miss all.)
+  t_sign="n-m"      the wavelet mirrored and t = n - m, as footnote 8 says of Haar: p is read at m - n + b, so that the
+                    shift moves it towards the future and a causal model misses its first b tokens. (Not mirrored, it
+                    would miss all.)
 
-Heights are psi's own, not divided by sqrt(a), as in Eq. (11). bior and rbio: the wavelet of decomposition, as in the paper.
+Heights are psi's own, not divided by sqrt(a), as in Eq. (11): below 2.2, but for bior3.1, whose cascade does not
+converge (96 at level 8). bior and rbio: the wavelet of decomposition, as in the paper.
+
 Pure functions; PyWavelets is imported where it is first needed.
 """
 

@@ -186,7 +186,10 @@ def paper_wavelets(out: Path) -> list[Path]:
     position_tables(
         {
             "Ricker": (np.asarray(wavelet_position(t, *scale_shift_grid(128))), [f"$2^{e}$" for e in range(8)]),
-            "db4": (np.asarray(discrete.discrete_position(t, "db4", levels, shifts)), [f"l = {n}" for n in range(1, 9)]),
+            "db4": (
+                np.asarray(discrete.discrete_position(t, "db4", levels, shifts)),
+                [f"l = {n}" for n in range(1, 9)],
+            ),
         },
         paths[5],
     )

@@ -68,7 +68,8 @@ def wavelet(t: jax.Array, scale: jax.Array, shift: jax.Array, mother: str | Call
 
     Args:
       t: scalar, integer (any int32 but -2^31) or floating-point.
-      scale: scalar a > 0, from 2^-60 to 2^127.
+      scale: scalar a > 0, from 2^-60 to 2^127. x is exact for powers of two and whole shifts, but that hardware
+        without subnormal numbers takes it for 0 at 2^127 (1/a is one): both are far inside of psi's flat top.
       shift: scalar b.
       mother: one of `MOTHERS`, or a scalar function psi(x).
 
@@ -107,9 +108,10 @@ def num_shifts(head_dim: int, count: int, kind: str) -> int:
     if count < 1 or head_dim < 1 or head_dim % count:
         divisors = [s for s in range(1, max(head_dim, 0) + 1) if head_dim % s == 0]
         near = min(divisors, key=lambda s: (abs(s - count), s)) if divisors else None
+        otherwise = ", or give scales and shifts yourself" if kind == "scales" else ""
         raise UserError(
             f"{count} {kind} cannot fill a head of {head_dim} dimensions evenly: "
-            f"set num_{kind} to one of {divisors} (nearest {near})" + (", or give scales and shifts yourself" if kind == "scales" else "")
+            f"set num_{kind} to one of {divisors} (nearest {near}){otherwise}"
         )
     return head_dim // count
 

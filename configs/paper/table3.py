@@ -3,8 +3,8 @@
     python train.py --config=configs/paper/table3.py:ricker_2^0..2^7 --workdir=DIR
     python train.py --config=configs/paper/table3.py:small --workdir=DIR
 
-The model, text and training are those of configs/paper/table1.py at L_train 512, and so is what they take: see there for
-the data's flags and for the compute, once a row. Perplexity at full length, the paper's:
+The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for
+the compute, which each row takes. Perplexity at full length, the paper's:
 
     variant                shifts        512    1012    2512        variant                 512    1012    2512
     ricker_2^0..2^7        0 .. 15     19.19   18.23   17.99        gaussian_2^0..2^7     19.30   18.31   17.88
@@ -20,18 +20,19 @@ the data's flags and for the compute, once a row. Perplexity at full length, the
     haar_2^0 (fixed scale) not stated  20.49   51.61  299.26        haar_2^0..2^7         19.27   18.34   18.17
                                                                     morlet_2^0..2^7       19.65   19.02   26.56
 
-Variants: a row by its name, wavelet and scales; `_n-m` after it takes the other sign of t (footnote 8; the default is Eq.
-14's, m - n); `small_` before it takes table1's small model on WikiText-2. `small` alone trains eight of the rows one
-after another and draws them: some 40 minutes on one core; `--config.compare.variants="('small_haar_2^0', ..)"` others.
+Variants: a row by its name, wavelet and scales; `_n-m` after it takes the other sign of t (footnote 8; the default is
+Eq. 14's, m - n); `small_` before it takes table1's small model on WikiText-2. `small` alone trains eight of the rows
+one after another and draws them; `--config.compare.variants="('small_haar_2^0', ..)"` others.
 
-What the paper leaves open. Haar: with t = m - n it is the textbook's, +1 on [0, 0.5) and -1 on [0.5, 1); with n - m Eq. (15)'s. Fixed
-scale is read as said in 6.3.1, a in {2^0, 2^0, .., 2^0} with the shifts of the other rows: 16 different columns, each 8
-times; `haar_2^0_shifts0..127` takes as many shifts as dimensions. With n - m a fixed-scale Haar tells distances 0 and 1
-from each other and from all others, and no more.
+What the paper leaves open. Haar: with t = m - n it is the textbook's, +1 on [0, 0.5) and -1 on [0.5, 1); with n - m
+it is Eq. (15)'s. Fixed scale is read as 6.3.1 says it, a in {2^0, 2^0, .., 2^0} with the shifts of the other rows: 16
+different columns, each 8 times; `haar_2^0_shifts0..127` takes as many shifts as dimensions. With n - m a fixed-scale
+Haar tells distances 0 and 1 from each other and from all others, and no more.
 
-Small models have heads of 32, not of 128. A row keeps its scales there, and a quarter of its shifts; where that is less
-than one (2^0..2^63, 2^0..2^127), there is shift 0 alone, and every 2nd or 4th of the scales. So every grid has a quarter of
-the paper's wavelets, and reaches as far.
+Small models have heads of 32, not of 128. A row keeps its scales there, and a quarter of its shifts; where that is
+less than one (2^0..2^63, 2^0..2^127), there is shift 0 alone, and every 2nd or 4th of the scales. So every grid has a
+quarter of the paper's wavelets, and reaches as far. (Scales and shifts in the same ratio as the paper's would leave
+the first row scales to 2^3 only, and the last ones nothing to tell them apart.)
 """
 
 from ml_collections import ConfigDict

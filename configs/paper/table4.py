@@ -3,8 +3,9 @@
     python train.py --config=configs/paper/table4.py:rbio1.1 --workdir=DIR
     python train.py --config=configs/paper/table4.py:small --workdir=DIR
 
-The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for the
-compute, once a row. Perplexity at full length, the paper's, at 512, 1,012 and 2,512 tokens (and on top, from Table 3):
+The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for
+the compute, which each row takes. Perplexity at full length, the paper's, at 512, 1,012 and 2,512 tokens (and on top,
+from Table 3):
 
     ricker     19.19   18.23   17.99    haar       19.27   18.34   18.17
     db2        20.64   30.30  130.93    dmey       25.45   25.88  131.48    bior5.5    21.72   23.43   36.30
@@ -21,10 +22,10 @@ compute, once a row. Perplexity at full length, the paper's, at 512, 1,012 and 2
     coif8      21.26   21.31   35.73
     coif16    113.42  132.14  230.95
 
-Variants: a row by its wavelet; after it `_fine`, `_centre` and `_n-m`, in this order, for the other readings of what the paper leaves
-open (wavelet_jax/discrete.py has them all); `small_` before it takes table1's small model on WikiText-2, with levels 1
-.. 8 and a quarter of the shifts, since its heads are of 32. `small` alone trains five rows one after another and draws
-them: some 25 minutes on one core.
+Variants: a row by its wavelet; after it `_fine`, `_centre` and `_n-m`, in this order, for the other readings of what
+the paper leaves open (wavelet_jax/discrete.py has them all); `small_` before it takes table1's small model on
+WikiText-2, with levels 1 .. 8 and a quarter of the shifts, since its heads are of 32. `small` alone trains five rows
+one after another and draws them.
 """
 
 from ml_collections import ConfigDict

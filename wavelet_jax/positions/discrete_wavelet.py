@@ -1,4 +1,4 @@
-"""Discrete wavelets (Oka et al., ICLR 2025, A.14): Table 4's variant of the paper's method. Values are in `discrete`."""
+"""Discrete wavelets: Table 4's variant of the paper's method (A.14). The mathematics is in `discrete`."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ class DiscreteWavelet:
     """score += q . p[t], Eq. (10), where p is looked up among PyWavelets' samples; one fixed table for all heads.
 
     The samples are no smooth function of t, and at the paper's levels they reach far: 2^8 (N - 1) tokens and the shift,
-    783 for db2, 15,631 for dmey, 16,143 for db32, 24,335 for coif16. Attention of linear memory carries them to the same
-    accuracy by the near form over all of that (`attention.tiled`: a second product a tile, as for learned tables), where
-    the smooth wavelets need it in a narrow band; kernels refuse them where they reach past a band.
+    783 for db2, 15,631 for dmey, 16,143 for db32, 24,335 for coif16. `attention.tiled` carries them as exactly as the
+    smooth wavelets, in memory linear in length, but by the near form over all of that: a second product a tile, as for
+    learned tables. Kernels refuse them where they reach past a band.
 
     Attributes:
       wavelet: a discrete wavelet of PyWavelets: db1 .. db38, sym2 .., coif1 .., dmey, bior1.1 .., rbio1.1 .., haar.
