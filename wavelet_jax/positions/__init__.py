@@ -17,7 +17,6 @@ __all__ = ["METHODS", "PositionMethod", "Terms", "make", "options"]
 
 METHODS: dict[str, type[PositionMethod]] = {
     "wavelet": Wavelet,
-    "discrete_wavelet": DiscreteWavelet,
     "rope": RoPE,
     "alibi": ALiBi,
     "transformer_xl": TransformerXL,
@@ -26,6 +25,7 @@ METHODS: dict[str, type[PositionMethod]] = {
     "sinusoidal": Sinusoidal,
     "learned": Learned,
     "nope": NoPE,
+    "discrete_wavelet": DiscreteWavelet,
 }
 
 
