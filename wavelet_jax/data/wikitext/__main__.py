@@ -7,7 +7,6 @@ by its numbers of tokens and words, is refused, and nothing is prepared.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -26,8 +25,6 @@ def main() -> None:
         raise UserError(f"--name ({' or '.join(archives.PUBLISHED)}) and --tfds_dir are needed")
     from wavelet_jax.data.wikitext import builder  # TFDS takes seconds to import, and bad input should not wait
 
-    if not sys.stderr.isatty():
-        builder.tfds.disable_progress_bar()
     archive = Path(os.path.expanduser(ARCHIVE.value)) if ARCHIVE.value else None
     print(builder.prepare(NAME.value, Path(os.path.expanduser(TFDS_DIR.value)).absolute(), archive))
 
