@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import make_config
 
@@ -20,18 +20,19 @@ from wavelet_jax.data import load_corpus
 from wavelet_jax.data.wikitext import archives, builder
 from wavelet_jax.errors import UserError
 
-# Two articles; a line of the first looks like a heading, and has no blank lines around it.
+# Eight articles; a line of the first looks like a heading, and has no blank lines around it.
 TRAIN = """ \n = First <unk> = \n \n one two , one\n \n = = Part = = \n \n three = four = five \n = Played , W = \n"""
 TRAIN += """ \n = Second = \n \n naïve 猫 three \n"""
+TRAIN += "".join(f" \n = N{number} = \n \n" for number in range(6))  # enough that no other order can pass for theirs
 VALIDATION = " \n = Third = \n \n one <unk> \n"
 TEST = " \n = Fourth = \n \n two \n \n"
 # By hand: words of each line and one more for its end.
 TOKENS = {
-    "train": 1 + 5 + 1 + 5 + 1 + 6 + 1 + 6 + 6 + 1 + 4 + 1 + 4,
+    "train": 1 + 5 + 1 + 5 + 1 + 6 + 1 + 6 + 6 + 1 + 4 + 1 + 4 + 6 * (1 + 4 + 1),
     "validation": 1 + 4 + 1 + 3,
     "test": 1 + 4 + 1 + 2 + 1,
 }
-WORDS = 16  # = First <unk> one two , Part three four five Played W Second naïve 猫 </s>
+WORDS = 22  # N0 .. N5 = First <unk> one two , Part three four five Played W Second naïve 猫 </s>
 NAMES = ["wikitext-2/wiki.train.tokens", "wikitext-2/wiki.valid.tokens", "wikitext-2/wiki.test.tokens"]
 
 
@@ -90,13 +91,14 @@ def test_same_stream_as_the_files(archive, tmp_path, split):
     assert len(ours.tokenizer.words) == WORDS
     assert ours.tokenizer.decode(ours.train).split() == TRAIN.split()
     assert len(ours.train) == TOKENS["train"]
-    assert ours.train_ends.tolist() == [TOKENS["train"] - 10, TOKENS["train"]]  # the second article has 1 + 4 + 1 + 4
+    assert ours.train_ends.tolist() == [32, 42, 48, 54, 60, 66, 72, 78]
     assert plain.train_ends.tolist() == [TOKENS["train"]]
 
 
 PARTS = [" \n", "\n", " = A = \n", " = = B = = \n", " text = x = \n", " = A = \n \n", "end"]
 
 
+@example(" \n \n = A = \n \n")
 @given(st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
 def test_articles_put_together_are_the_text(text):
     cut = list(archives.articles(io.StringIO(text, newline="\n")))
@@ -110,7 +112,7 @@ def test_manual_folder_of_tfds(tmp_path):
     pack(tmp_path / "downloads" / "manual" / "wikitext-2-v1.zip")
     made = builder.Wikitext(config="wikitext2", data_dir=tmp_path, file_format="array_record")
     made.download_and_prepare()
-    assert made.info.splits["train"].num_examples == 2
+    assert made.info.splits["train"].num_examples == 8
     archives.PUBLISHED["wikitext2"] = archives.published("wikitext103")
     assert builder.prepare("wikitext2", tmp_path) == Path(made.data_path)  # it is there: nothing is read or checked
     pack(tmp_path / "other" / "downloads" / "manual" / "wikitext-103-v1.zip")
@@ -181,12 +183,12 @@ BAD = {
     "splits changed": (
         {"texts": (VALIDATION, TRAIN, TEST)},
         None,
-        ["train has 9 tokens, expected 42; validation has 42 tokens, expected 9", "has 5 words, expected 16"],
+        ["train has 9 tokens, expected 78; validation has 78 tokens, expected 9", "has 5 words, expected 22"],
     ),
     "another vocabulary": (
         {"texts": (TRAIN.replace("猫", "naïve"), VALIDATION, TEST)},
         None,
-        ["published: the vocabulary has 15 words, expected 16"],
+        ["published: the vocabulary has 21 words, expected 22"],
     ),
 }
 
