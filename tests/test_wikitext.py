@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import make_config
 
-from wavelet_jax.data import load_corpus
+from wavelet_jax.data import load_corpus, tfds_sets
 from wavelet_jax.data.wikitext import archives, builder
 from wavelet_jax.errors import UserError
 
@@ -229,6 +229,7 @@ def test_command_of_the_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["wikitext", "wikitext/wikitext3", "wikitext/103"])
 def test_configurations_are_named(tmp_path, name):
+    assert tfds_sets.OWN["wikitext"] == tuple(archives.PUBLISHED)
     with pytest.raises(UserError, match=r"allowed are tfds:wikitext/wikitext2, tfds:wikitext/wikitext103"):
         load(tmp_path, source=f"tfds:{name}", tfds_dir=tmp_path)
     with pytest.raises(UserError, match=r"unknown configuration of wikitext 'wikitext3': did you mean"):
