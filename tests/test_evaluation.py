@@ -215,8 +215,14 @@ def test_drawn_sequences_are_those_of_the_seed():
     assert scored_text.draw(stream, 50, 9, seed=0).tokens.tolist() == list(range(500))
 
 
+def test_draw_is_as_it_always_was():
+    """Where this fails, NumPy draws otherwise: figures of drawn sequences no longer compare with older ones."""
+    firsts = scored_text.draw(np.arange(501), 10, 9, seed=0).tokens[::10]
+    assert (firsts // 10).tolist() == [0, 1, 3, 8, 11, 13, 21, 26, 34, 40]
+
+
 def test_more_sequences_than_there_are_are_refused():
-    message = "has 501 tokens, which are 50 sequences of 9 and one more, and eval.sequences is 51"
+    message = "has 501 tokens, which hold 50 sequences of 9 targets, and eval.sequences is 51"
     with pytest.raises(UserError, match=message):
         scored_text.draw(np.arange(501), 51, 9, seed=0)
 

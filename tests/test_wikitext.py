@@ -12,26 +12,27 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import make_config
 
-from wavelet_jax.data import load_corpus
+from wavelet_jax.data import load_corpus, tfds_sets
 from wavelet_jax.data.wikitext import archives, builder
 from wavelet_jax.errors import UserError
 
-# Two articles; a line of the first looks like a heading, and has no blank lines around it.
+# Eight articles; a line of the first looks like a heading, and has no blank lines around it.
 TRAIN = """ \n = First <unk> = \n \n one two , one\n \n = = Part = = \n \n three = four = five \n = Played , W = \n"""
 TRAIN += """ \n = Second = \n \n naïve 猫 three \n"""
+TRAIN += "".join(f" \n = N{number} = \n \n" for number in range(6))  # enough that no other order can pass for theirs
 VALIDATION = " \n = Third = \n \n one <unk> \n"
 TEST = " \n = Fourth = \n \n two \n \n"
 # By hand: words of each line and one more for its end.
 TOKENS = {
-    "train": 1 + 5 + 1 + 5 + 1 + 6 + 1 + 6 + 6 + 1 + 4 + 1 + 4,
+    "train": 1 + 5 + 1 + 5 + 1 + 6 + 1 + 6 + 6 + 1 + 4 + 1 + 4 + 6 * (1 + 4 + 1),
     "validation": 1 + 4 + 1 + 3,
     "test": 1 + 4 + 1 + 2 + 1,
 }
-WORDS = 16  # = First <unk> one two , Part three four five Played W Second naïve 猫 </s>
+WORDS = 22  # N0 .. N5 = First <unk> one two , Part three four five Played W Second naïve 猫 </s>
 NAMES = ["wikitext-2/wiki.train.tokens", "wikitext-2/wiki.valid.tokens", "wikitext-2/wiki.test.tokens"]
 
 
@@ -90,13 +91,14 @@ def test_same_stream_as_the_files(archive, tmp_path, split):
     assert len(ours.tokenizer.words) == WORDS
     assert ours.tokenizer.decode(ours.train).split() == TRAIN.split()
     assert len(ours.train) == TOKENS["train"]
-    assert ours.train_ends.tolist() == [TOKENS["train"] - 10, TOKENS["train"]]  # the second article has 1 + 4 + 1 + 4
+    assert ours.train_ends.tolist() == [32, 42, 48, 54, 60, 66, 72, 78]
     assert plain.train_ends.tolist() == [TOKENS["train"]]
 
 
 PARTS = [" \n", "\n", " = A = \n", " = = B = = \n", " text = x = \n", " = A = \n \n", "end"]
 
 
+@example(" \n \n = A = \n \n")
 @given(st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
 def test_articles_put_together_are_the_text(text):
     cut = list(archives.articles(io.StringIO(text, newline="\n")))
@@ -110,7 +112,7 @@ def test_manual_folder_of_tfds(tmp_path):
     pack(tmp_path / "downloads" / "manual" / "wikitext-2-v1.zip")
     made = builder.Wikitext(config="wikitext2", data_dir=tmp_path, file_format="array_record")
     made.download_and_prepare()
-    assert made.info.splits["train"].num_examples == 2
+    assert made.info.splits["train"].num_examples == 8
     archives.PUBLISHED["wikitext2"] = archives.published("wikitext103")
     assert builder.prepare("wikitext2", tmp_path) == Path(made.data_path)  # it is there: nothing is read or checked
     pack(tmp_path / "other" / "downloads" / "manual" / "wikitext-103-v1.zip")
@@ -142,10 +144,11 @@ def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch):
         builder.prepare("wikitext2", tmp_path / "tfds")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "tfds").exists()
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(b"half"))
-    monkeypatch.setattr(Response, "headers", {"Content-Length": "8"})
-    with pytest.raises(UserError, match=r"it ended after 4 of 8 bytes\): " + put):
-        builder.prepare("wikitext2", tmp_path / "tfds")
+    for headers, said in (({"Content-Length": "8"}, "it ended after 4 of 8 bytes"), ({}, "it is no zip archive")):
+        monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(b"half"))
+        monkeypatch.setattr(Response, "headers", headers)
+        with pytest.raises(UserError, match=rf"{said}\): " + put):
+            builder.prepare("wikitext2", tmp_path / "tfds")
     assert not [path for path in (tmp_path / "tfds").rglob("*") if path.is_file()]
 
 
@@ -180,12 +183,12 @@ BAD = {
     "splits changed": (
         {"texts": (VALIDATION, TRAIN, TEST)},
         None,
-        ["train has 9 tokens, expected 42; validation has 42 tokens, expected 9", "has 5 words, expected 16"],
+        ["train has 9 tokens, expected 78; validation has 78 tokens, expected 9", "has 5 words, expected 22"],
     ),
     "another vocabulary": (
         {"texts": (TRAIN.replace("猫", "naïve"), VALIDATION, TEST)},
         None,
-        ["published: the vocabulary has 15 words, expected 16"],
+        ["published: the vocabulary has 21 words, expected 22"],
     ),
 }
 
@@ -226,6 +229,7 @@ def test_command_of_the_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["wikitext", "wikitext/wikitext3", "wikitext/103"])
 def test_configurations_are_named(tmp_path, name):
+    assert tfds_sets.OWN["wikitext"] == tuple(archives.PUBLISHED)
     with pytest.raises(UserError, match=r"allowed are tfds:wikitext/wikitext2, tfds:wikitext/wikitext103"):
         load(tmp_path, source=f"tfds:{name}", tfds_dir=tmp_path)
     with pytest.raises(UserError, match=r"unknown configuration of wikitext 'wikitext3': did you mean"):

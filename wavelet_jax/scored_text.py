@@ -49,7 +49,7 @@ def draw(stream: np.ndarray, count: int, length: int, *, seed: int) -> ScoredTex
     there = len(stream) // (length + 1)
     if count > there:
         raise UserError(
-            f"the validation text has {len(stream):,} tokens, which are {there} sequences of {length} and one more, "
+            f"the validation text has {len(stream):,} tokens, which hold {there:,} sequences of {length:,} targets, "
             f"and eval.sequences is {count}: lower it or the longest length, or give more text"
         )
     chosen = np.sort(np.random.default_rng(seed).choice(there, count, replace=False))
@@ -58,7 +58,7 @@ def draw(stream: np.ndarray, count: int, length: int, *, seed: int) -> ScoredTex
     return ScoredText(tokens, count, length, description)
 
 
-def with_other_text(config: ConfigDict, corpus: Corpus, text: Mapping[str, str]) -> Corpus:
+def with_other_text(config: ConfigDict, corpus: Corpus, text: Mapping[str, str] | None) -> Corpus:
     """The corpus of a run with another validation text, in tokens of the run's own tokenizer.
 
     Args:

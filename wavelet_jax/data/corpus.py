@@ -221,7 +221,7 @@ def _encoded(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(split, ids) of every (split, document), in their order, encoded on `config.data.threads` threads.
 
-    BPE leaves Python's lock while it works; bytes and words hold it, and gain only the time of reading.
+    BPE and SentencePiece leave Python's lock while they work; bytes and words hold it, and gain only that of reading.
     """
     threads = config.data.threads
     pool = concurrent.futures.ThreadPoolExecutor(threads)

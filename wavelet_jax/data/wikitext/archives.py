@@ -105,6 +105,8 @@ def fetch(name: str, folder: Path) -> Path:
                 shutil.copyfileobj(reading, file, 1 << 20)
         if expected and partial.stat().st_size != expected:
             raise OSError(f"it ended after {partial.stat().st_size:,} of {expected:,} bytes")
+        if not zipfile.is_zipfile(partial):
+            raise OSError("it is no zip archive")
         os.replace(partial, archive)
     except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
         partial.unlink(missing_ok=True)

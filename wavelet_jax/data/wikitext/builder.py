@@ -5,6 +5,7 @@ document but a `</s>` of the stream; put together again, articles are the text t
 makes the same tokens of them as of the archive's files. And `data.packing=documents` then keeps attention in articles.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def prepare(name: str, tfds_dir: Path, archive: Path | None = None) -> Path:
       UserError: an unknown name, an archive that cannot be had or is not as published. Nothing is prepared then.
     """
     archives.published(name)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     builder = Wikitext(config=name, data_dir=tfds_dir, file_format="array_record")
     if not builder.data_path.exists():
         archive = archive or archives.fetch(name, tfds_dir / "downloads" / "manual")
