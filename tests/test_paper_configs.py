@@ -84,7 +84,7 @@ def test_rows_of_table_1_differ_in_what_they_are_named_for():
     positions = {row: table1.get_config(row).position for row in table1.ROWS}
     assert (positions["rope_theta1e4"].theta, positions["rope_theta5e5"].theta) == (1e4, 5e5)
     assert positions["wavelet_gaussian"].mother == "gaussian"
-    assert positions["wavelet_haar_fixed_scale"].num_scales == 1
+    assert set(positions["wavelet_haar_fixed_scale"].scales) == {1.0}
 
 
 def test_parameters_of_baevski_and_auli_s_model():
