@@ -8,16 +8,24 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, quick_jit
+from conftest import ROOT
 
 from configs.paper import llama2, table1
-from wavelet_jax import runs, sharding, throughput, training
+from wavelet_jax import adaptive, model, runs, sharding, throughput, training
 from wavelet_jax.errors import UserError
 
 FILES = sorted(path.stem for path in (ROOT / "configs" / "paper").glob("*.py"))
 TABLE_1 = [f"{size}{row}{length}" for size in ("", "small_") for row in table1.ROWS for length in ("", "_1024")]
 TABLE_2 = [f"{size}_{method}" for size in llama2.SIZES for method in ("rope", "wavelet", "alibi", "wavelet_32k")]
 WIKITEXT_103, LLAMA = 267_735, 32_000  # words
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is nearly all the time that these tests take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def count(config, vocab_size: int) -> int:
@@ -28,6 +36,16 @@ def count(config, vocab_size: int) -> int:
         counts.append(training.count_parameters(abstract_state.params))
     config.model.num_layers = layers
     return counts[0] + (layers - 1) * (counts[1] - counts[0])
+
+
+def parts_build(config, vocab_size: int) -> None:
+    """What a variant can have wrong, without the shapes of a whole decoder, which take a hundred times as long."""
+    method = model.make_position(config)
+    method.terms(jax.eval_shape(method.init, jax.random.key(0)))
+    assert config.model.num_heads % config.model.num_kv_heads == 0
+    if config.model.vocabulary == "adaptive":
+        assert sum(stop - start for start, stop, _ in adaptive.clusters(config, vocab_size)) == vocab_size
+    training.make_optimizer(config)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -46,8 +64,7 @@ def test_every_variant_of_table_1_builds(variant):
     assert config.train.length == (1024 if long else 512) // (4 if small else 1)
     assert config.train.batch_size * config.train.length == (2048 if small else 8 * 9216)
     assert config.train.length in config.compare.lengths
-    config.model.num_layers = 1
-    training.shapes(config, 33_278 if small else WIKITEXT_103, sharding.make_mesh(config))
+    parts_build(config, 33_278 if small else WIKITEXT_103)
 
 
 @pytest.mark.parametrize("variant", ["", "1024", "small", "small_1024"])
@@ -67,7 +84,7 @@ def test_rows_of_table_1_differ_in_what_they_are_named_for():
     positions = {row: table1.get_config(row).position for row in table1.ROWS}
     assert (positions["rope_theta1e4"].theta, positions["rope_theta5e5"].theta) == (1e4, 5e5)
     assert positions["wavelet_gaussian"].mother == "gaussian"
-    assert positions["wavelet_haar_fixed_scale"].num_scales == 1
+    assert set(positions["wavelet_haar_fixed_scale"].scales) == {1.0}
 
 
 def test_parameters_of_baevski_and_auli_s_model():
@@ -89,8 +106,7 @@ def test_every_variant_of_table_2_builds(variant):
     assert config.train.length == (32_768 if variant.endswith("_32k") else 4096)
     assert config.position.first_exponent == 2
     assert config.position.theta == 5e5
-    config.model.num_layers, config.mesh.tensor = 1, 1
-    training.shapes(config, LLAMA, sharding.make_mesh(config))
+    parts_build(config, LLAMA)
 
 
 @pytest.mark.parametrize("variant", ["", "7b", "100m"])
@@ -126,17 +142,16 @@ def test_unknown_variants_are_refused_with_the_nearest():
 
 
 def two_steps(config, vocab_size: int) -> None:
-    """Two updates on words drawn evenly: the first loss is near that of knowing nothing, and both are finite."""
+    """Two updates on words drawn evenly: all is finite, and every parameter moves."""
     config.optimizer.warmup_steps = 0  # the warm-up's first updates move by less than a parameter's rounding
     graphdef, state, _ = training.init(config, vocab_size, sharding.make_mesh(config))
-    train_step = quick_jit(training.make_train_step(config, graphdef))
+    train_step = jax.jit(training.make_train_step(config, graphdef))
     rng = np.random.default_rng(0)
     for _ in range(2):
         tokens = rng.integers(0, vocab_size, training.batch_shape(config)).astype(np.int32)
         before = state.params
         state, metrics = train_step(state, tokens)
-        assert 0.5 * np.log(vocab_size) < float(metrics["loss"]) < 3 * np.log(vocab_size)
-        assert np.isfinite(float(metrics["grad_norm"]))
+        assert np.isfinite([float(metrics["loss"]), float(metrics["grad_norm"])]).all()
         pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(state.params), strict=True)
         still = [sharding.path_of(path) for (path, old), new in pairs if (old == new).all()]
         # A bias of all keys adds the same to a query's scores, which no softmax sees.
@@ -144,13 +159,8 @@ def two_steps(config, vocab_size: int) -> None:
     assert int(state.skipped) == 0
 
 
-SMALL = [name for name in TABLE_1 if name.startswith("small_")]
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [name if name == "small_wavelet_ricker" else pytest.param(name, marks=pytest.mark.slow) for name in SMALL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in TABLE_1 if name.startswith("small_")])
 def test_small_variants_of_table_1_take_two_steps(variant):
     config = table1.get_config(variant)
     config.train.batch_size = 2
