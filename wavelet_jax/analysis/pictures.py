@@ -193,7 +193,9 @@ def rope_wavelets(path: Path, d: int = 64) -> None:
                 axes.plot(places, function(places, k), marker, ms=4, color=colour, label=label)
             axes.set_title(f"{name}, position m = {m}: k = {k}", fontsize=9)
             axes.grid(alpha=0.25)
-    grid[0][0].legend(fontsize=7, loc="lower left", framealpha=0.9)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
     for axes in grid[1]:
         axes.set_xlabel("t")
     figure.suptitle(f"RoPE's Haar-like wavelets: one point a pair of dimensions in each half (d = {d})", fontsize=11)
@@ -231,13 +233,12 @@ def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
 
 def alibi_windows(path: Path, num_heads: int = 8) -> None:
     """ALiBi's softmax over equal keys, a line a head, with the distances that hold 90% of it: section 4's windows."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=110, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), dpi=90, layout="constrained")
     t, places = np.arange(2048), np.arange(num_heads)
     for head, slope in enumerate(slopes(num_heads).tolist()):
         probability = -np.expm1(-slope) * np.exp(-slope * t)
-        left.plot(t + 1, probability, color=COLOURS[head % len(COLOURS)], label=f"{slope:g}")
-    left.axhline(1e-3, color="0.4", ls="--", lw=1)
-    left.text(1.1, 1.15e-3, "0.001, the threshold of Figures 2 and 3", fontsize=8)
+        left.plot(t + 1, probability, color=COLOURS[head % len(COLOURS)], label=f"1/{1 / slope:g}")
+    left.axhline(1e-3, color="0.4", ls="--", lw=1, label="0.001, as in Figure 2")
     left.set_xscale("log", base=2)
     left.set_yscale("log")
     left.set_ylim(1e-6, 1)
