@@ -487,8 +487,8 @@ def test_what_is_written_and_what_is_refused(run_of, tmp_path):
         ("alibi_window", "0"),
         ("alibi_window", "1"),
     ]
-    # Without training the content's scores are small beside the first head's slope of 1/16: its window is seen.
-    assert abs(int(rows[0]["distance_50"]) - int(rows[2]["distance_50"])) <= 2
+    # The slope of head 1 is a sixteenth of that of head 0.
+    assert int(rows[0]["distance_50"]) < int(rows[1]["distance_50"])
     with (out / "gradient.csv").open() as file:
         curve = [float(row["alibi"]) for row in csv.DictReader(file)]
     assert len(curve) == 24

@@ -37,7 +37,7 @@ def attention_map(
     """
     first = next(iter(maps.values()))
     heads, side = first.heads, first.highest.shape[-1]
-    inches = max(2.2, 0.16 * len(tokens)) if tokens else 2.2
+    inches = max(2.2, 0.13 * len(tokens)) if tokens else 2.2
     shape = (len(heads), len(maps)) if len(maps) > 1 else (-(-len(heads) // 4), min(4, len(heads)))
     figure, grid = plt.subplots(
         *shape,
@@ -64,7 +64,8 @@ def attention_map(
         axes.set_title(f"{name}, head {heads[j]}" if len(maps) > 1 else f"head {heads[j]}", fontsize=9)
         if tokens:
             places_of = np.arange(len(tokens)) + 0.5
-            axes.set_xticks(places_of, tokens, rotation=90, fontsize=7, family="monospace", parse_math=False)
+            upright = 0 if max(map(len, tokens)) <= 2 else 90
+            axes.set_xticks(places_of, tokens, rotation=upright, fontsize=7, family="monospace", parse_math=False)
             axes.set_yticks(places_of, tokens, fontsize=7, family="monospace", parse_math=False)
         else:
             axes.set_xticks([0, first.length // 2, first.length])
