@@ -41,8 +41,8 @@ def attention_map(
     shape = (len(heads), len(maps)) if len(maps) > 1 else (-(-len(heads) // 4), min(4, len(heads)))
     figure, grid = plt.subplots(
         *shape,
-        figsize=(inches * shape[1] + 0.7, (inches + 0.35) * shape[0] + 0.6),
-        dpi=120,
+        figsize=((inches + 0.1) * shape[1] + 0.8, (inches + 0.25) * shape[0] + 0.9),
+        dpi=110,
         layout="constrained",
         squeeze=False,
     )
@@ -73,6 +73,8 @@ def attention_map(
             axes.tick_params(labelsize=7)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if len(maps) > 1:
+            axes.label_outer()
     figure.supxlabel("key (position, tokens)", fontsize=9)
     figure.supylabel("query (position, tokens)", fontsize=9)
     names = ", ".join(maps) if len(maps) == 1 else f"{len(maps)} models"
@@ -281,5 +283,5 @@ def without_a_run(out: Path) -> list[Path]:
 def _save(figure, note: str, path: Path) -> None:
     if note:
         figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", pil_kwargs={"optimize": True})
     plt.close(figure)
