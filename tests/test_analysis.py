@@ -1,6 +1,7 @@
 """RoPE as a wavelet transform, windows, attention maps and receptive fields, held to formulas and slow loops."""
 
 import csv
+import functools
 import json
 import math
 
@@ -204,6 +205,7 @@ def test_distance_of_a_share():
 # -- attention maps ---------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def make_model(method: str, **model) -> Decoder:
     config = smoke.get_config(method)
     config.model.update({"num_kv_heads": 1, "num_layers": 1, **model})
@@ -230,7 +232,18 @@ def read(model: Decoder, tokens, cache):
     return queries[0], weights, output, cache
 
 
-@pytest.mark.parametrize("method", [method for method in positions.METHODS if method in oracle.KNOWN])
+# By default the methods that enter in different places: relative keys, a rotation, a bias, all of Transformer-XL's.
+FIRST = ("wavelet", "rope", "alibi", "transformer_xl")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[] if method in FIRST else pytest.mark.slow)
+        for method in positions.METHODS
+        if method in oracle.KNOWN
+    ],
+)
 def test_probabilities_are_the_softmax_of_the_scores(method):
     """Every query and key of two blocks read through the cache, against a float64 loop, and against attention."""
     model = make_model(method)
@@ -395,11 +408,9 @@ def test_receptive_fields_and_gradients_are_drawn(tmp_path):
     pictures.receptive_field(rows, 64, tmp_path / "a.png", note="")
     pictures.receptive_field(measured[:2], 64, tmp_path / "b.png", note="")
     pictures.gradient({"a": np.linspace(0.5, 1, 64)}, [16], tmp_path / "c.png", note="")
-    pictures.gradient({"a": np.linspace(0.1, 1, 64)}, [16], tmp_path / "d.png", note="")
-    coloured = {name: (np.ptp(pixels_of(tmp_path / f"{name}.png"), axis=-1) > 0.3).sum() for name in "abcd"}
+    coloured = {name: (np.ptp(pixels_of(tmp_path / f"{name}.png"), axis=-1) > 0.3).sum() for name in "abc"}
     assert coloured["a"] > 2 * coloured["b"] > 100
-    assert min(coloured["c"], coloured["d"]) > 300
-    assert (pixels_of(tmp_path / "c.png") != pixels_of(tmp_path / "d.png")).any()
+    assert coloured["c"] > 300
 
 
 def test_pictures_that_need_no_run(tmp_path):
@@ -430,12 +441,12 @@ def run_of(small_config, tmp_path_factory):
 
 
 ARGUMENTS = {
-    "length": 40,
+    "length": 24,
     "layers": None,
     "heads": None,
-    "thresholds": [0.001, 0.2],
+    "thresholds": [0.001],
     "labels": False,
-    "texts": 2,
+    "texts": 1,
     "pixels": 64,
 }
 
@@ -461,7 +472,6 @@ def test_what_is_written_and_what_is_refused(run_of, tmp_path):
     assert sorted(path.name for path in written) == sorted(path.name for path in out.iterdir())
     assert {path.name for path in written} == {
         "attention_map_layer0_0.001.png",
-        "attention_map_layer0_0.2.png",
         "gradient.csv",
         "gradient.png",
         "receptive_field.csv",
@@ -477,17 +487,17 @@ def test_what_is_written_and_what_is_refused(run_of, tmp_path):
         ("alibi_window", "0"),
         ("alibi_window", "1"),
     ]
-    # Without training the content's scores are small beside the first head's slope of 1/16: its window is seen.
-    assert abs(int(rows[0]["distance_50"]) - int(rows[2]["distance_50"])) <= 2
+    # The slope of head 1 is a sixteenth of that of head 0.
+    assert int(rows[0]["distance_50"]) < int(rows[1]["distance_50"])
     with (out / "gradient.csv").open() as file:
         curve = [float(row["alibi"]) for row in csv.DictReader(file)]
-    assert len(curve) == 40
+    assert len(curve) == 24
     assert (np.diff(curve) >= 0).all()
     assert curve[-1] == pytest.approx(1, abs=1e-5)
     stamp = json.loads((out / "stamp.json").read_text())
-    assert stamp["length"] == 40
+    assert stamp["length"] == 24
     assert stamp["updates"] == {"alibi": 0}
-    assert stamp["receptive_field"] == "mean over queries 20 to 39"
+    assert stamp["receptive_field"] == "mean over queries 12 to 23"
 
 
 @pytest.mark.slow

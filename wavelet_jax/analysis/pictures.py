@@ -37,12 +37,12 @@ def attention_map(
     """
     first = next(iter(maps.values()))
     heads, side = first.heads, first.highest.shape[-1]
-    inches = max(2.2, 0.16 * len(tokens)) if tokens else 2.2
+    inches = max(2.2, 0.13 * len(tokens)) if tokens else 2.2
     shape = (len(heads), len(maps)) if len(maps) > 1 else (-(-len(heads) // 4), min(4, len(heads)))
     figure, grid = plt.subplots(
         *shape,
-        figsize=(inches * shape[1] + 0.7, (inches + 0.35) * shape[0] + 0.6),
-        dpi=120,
+        figsize=((inches + 0.1) * shape[1] + 0.8, (inches + 0.25) * shape[0] + 0.9),
+        dpi=110,
         layout="constrained",
         squeeze=False,
     )
@@ -64,7 +64,8 @@ def attention_map(
         axes.set_title(f"{name}, head {heads[j]}" if len(maps) > 1 else f"head {heads[j]}", fontsize=9)
         if tokens:
             places_of = np.arange(len(tokens)) + 0.5
-            axes.set_xticks(places_of, tokens, rotation=90, fontsize=7, family="monospace", parse_math=False)
+            upright = 0 if max(map(len, tokens)) <= 2 else 90
+            axes.set_xticks(places_of, tokens, rotation=upright, fontsize=7, family="monospace", parse_math=False)
             axes.set_yticks(places_of, tokens, fontsize=7, family="monospace", parse_math=False)
         else:
             axes.set_xticks([0, first.length // 2, first.length])
@@ -72,6 +73,8 @@ def attention_map(
             axes.tick_params(labelsize=7)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if len(maps) > 1:
+            axes.label_outer()
     figure.supxlabel("key (position, tokens)", fontsize=9)
     figure.supylabel("query (position, tokens)", fontsize=9)
     names = ", ".join(maps) if len(maps) == 1 else f"{len(maps)} models"
@@ -193,7 +196,9 @@ def rope_wavelets(path: Path, d: int = 64) -> None:
                 axes.plot(places, function(places, k), marker, ms=4, color=colour, label=label)
             axes.set_title(f"{name}, position m = {m}: k = {k}", fontsize=9)
             axes.grid(alpha=0.25)
-    grid[0][0].legend(fontsize=7, loc="lower left", framealpha=0.9)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
     for axes in grid[1]:
         axes.set_xlabel("t")
     figure.suptitle(f"RoPE's Haar-like wavelets: one point a pair of dimensions in each half (d = {d})", fontsize=11)
@@ -231,13 +236,12 @@ def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
 
 def alibi_windows(path: Path, num_heads: int = 8) -> None:
     """ALiBi's softmax over equal keys, a line a head, with the distances that hold 90% of it: section 4's windows."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=110, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), dpi=90, layout="constrained")
     t, places = np.arange(2048), np.arange(num_heads)
     for head, slope in enumerate(slopes(num_heads).tolist()):
         probability = -np.expm1(-slope) * np.exp(-slope * t)
-        left.plot(t + 1, probability, color=COLOURS[head % len(COLOURS)], label=f"{slope:g}")
-    left.axhline(1e-3, color="0.4", ls="--", lw=1)
-    left.text(1.1, 1.15e-3, "0.001, the threshold of Figures 2 and 3", fontsize=8)
+        left.plot(t + 1, probability, color=COLOURS[head % len(COLOURS)], label=f"1/{1 / slope:g}")
+    left.axhline(1e-3, color="0.4", ls="--", lw=1, label="0.001, as in Figure 2")
     left.set_xscale("log", base=2)
     left.set_yscale("log")
     left.set_ylim(1e-6, 1)
@@ -279,5 +283,5 @@ def without_a_run(out: Path) -> list[Path]:
 def _save(figure, note: str, path: Path) -> None:
     if note:
         figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", pil_kwargs={"optimize": True})
     plt.close(figure)
