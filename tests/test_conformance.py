@@ -67,8 +67,8 @@ GRADIENT = 2e-6
 SHARED_BY_KEYS = {("tiled", "transformer_xl"): 4.2e-6}
 
 every_method = pytest.mark.parametrize("case", METHODS)
-# What goes through attention as another case does: step functions, as samples of discrete wavelets are.
-LIKE_OTHERS = {"wavelet-haar_standard"}
+# What goes through attention as another case does: step functions are near everywhere, as samples of discrete wavelets.
+LIKE_OTHERS = {"wavelet-haar_standard", "wavelet-haar-n-m"}
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow) if case in LIKE_OTHERS else case for case in CASES]
 )
