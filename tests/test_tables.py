@@ -209,11 +209,14 @@ def test_rows_of_table_4_are_their_names():
 
 
 @pytest.mark.parametrize("table", [table3, table4])
-def test_small_alone_compares_rows(table):
-    config = table.get_config("small")
-    assert len(config.compare.variants) >= 5
-    for variant in config.compare.variants:
-        assert table.get_config(variant).compare.variants == ()
-        assert variant.removeprefix("small_") in table.ROWS
+def test_without_a_row_rows_are_compared(table):
+    assert table.get_config().compare.variants == table.ROWS
+    small = table.get_config("small").compare.variants
+    assert len(small) >= 5
+    for variant in (*table.ROWS, *small):
+        one = table.get_config(variant)
+        assert one.compare.variants == ()
+        assert one.compare.label == variant.removeprefix("small_") in table.ROWS
+        assert one.train.length == (128 if variant in small else 512)
     with pytest.raises(UserError, match=r"unknown row of Table \d 'db22': "):
         table.get_config("db22")

@@ -4,7 +4,7 @@
     python train.py --config=configs/paper/table3.py:small --workdir=DIR
 
 The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for
-the compute, which each row takes. Perplexity at full length, the paper's:
+the compute, which each row takes. Expected perplexity at full length, the paper's:
 
     variant                shifts        512    1012    2512        variant                 512    1012    2512
     ricker_2^0..2^7        0 .. 15     19.19   18.23   17.99        gaussian_2^0..2^7     19.30   18.31   17.88
@@ -21,8 +21,9 @@ the compute, which each row takes. Perplexity at full length, the paper's:
                                                                     morlet_2^0..2^7       19.65   19.02   26.56
 
 Variants: a row by its name, wavelet and scales; `_n-m` after it takes the other sign of t (footnote 8; the default is
-Eq. 14's, m - n); `small_` before it takes table1's small model on WikiText-2. `small` alone trains eight of the rows
-one after another and draws them; `--config.compare.variants="('small_haar_2^0', ..)"` others.
+Eq. 14's, m - n); `small_` before it takes table1's small model on WikiText-2. With no variant all rows are trained
+one after another and drawn, with `small` eight of the small ones, and with
+`--config.compare.variants="('small_haar_2^0', ..)"` any others.
 
 What the paper leaves open. Haar: with t = m - n it is the textbook's, +1 on [0, 0.5) and -1 on [0.5, 1); with n - m
 it is Eq. (15)'s. Fixed scale is read as 6.3.1 says it, a in {2^0, 2^0, .., 2^0} with the shifts of the other rows: 16
@@ -59,14 +60,20 @@ ROWS = (
     *("haar_2^0", "haar_2^0..2^7", "morlet_2^0..2^7"),
 )
 OTHER_ROWS = ("haar_2^0_shifts0..127",)
-SMALL = ("2^0..2^7", "2^2..2^9", "2^0..2^3", "2^0..2^1", "2^0..2^31", "2^0..2^127", "2^7")
+SMALL = (
+    *(
+        f"small_ricker_{scales}"
+        for scales in ("2^0..2^7", "2^2..2^9", "2^0..2^3", "2^0..2^1", "2^0..2^31", "2^0..2^127")
+    ),
+    *("small_ricker_2^7", "small_haar_2^0"),
+)
 
 
-def get_config(variant: str = "ricker_2^0..2^7") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     size = "small_" if variant.startswith("small") else ""
     config = table1.get_config(f"{size}wavelet")
-    if variant == "small":
-        config.compare.variants = (*(f"small_ricker_{scales}" for scales in SMALL), "small_haar_2^0")
+    if variant in ("", "small"):
+        config.compare.variants = SMALL if variant else ROWS
         config.compare.label = ""
         return config
     label = variant.removeprefix("small_")

@@ -4,8 +4,8 @@
     python train.py --config=configs/paper/table4.py:small --workdir=DIR
 
 The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for
-the compute, which each row takes. Perplexity at full length, the paper's, at 512, 1,012 and 2,512 tokens (and on top,
-from Table 3):
+the compute, which each row takes. Expected perplexity at full length, the paper's, at 512, 1,012 and 2,512 tokens
+(and on top, from Table 3):
 
     ricker     19.19   18.23   17.99    haar       19.27   18.34   18.17
     db2        20.64   30.30  130.93    dmey       25.45   25.88  131.48    bior5.5    21.72   23.43   36.30
@@ -24,8 +24,8 @@ from Table 3):
 
 Variants: a row by its wavelet; after it `_fine`, `_centre` and `_n-m`, in this order, for the other readings of what
 the paper leaves open (wavelet_jax/discrete.py has them all); `small_` before it takes table1's small model on
-WikiText-2, with levels 1 .. 8 and a quarter of the shifts, since its heads are of 32. `small` alone trains five rows
-one after another and draws them.
+WikiText-2, with levels 1 .. 8 and a quarter of the shifts, since its heads are of 32. With no variant all rows are
+trained one after another and drawn, and with `small` five of the small ones.
 """
 
 from ml_collections import ConfigDict
@@ -35,14 +35,14 @@ from wavelet_jax.discrete import TABLE_4
 from wavelet_jax.errors import unknown
 
 ROWS = TABLE_4
-SMALL = ("rbio1.1", "db2", "db8", "coif2", "bior3.1")
+SMALL = ("small_rbio1.1", "small_db2", "small_db8", "small_coif2", "small_bior3.1")
 
 
-def get_config(variant: str = "rbio1.1") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     size = "small_" if variant.startswith("small") else ""
     config = table1.get_config(f"{size}discrete_wavelet")
-    if variant == "small":
-        config.compare.variants = tuple(f"small_{row}" for row in SMALL)
+    if variant in ("", "small"):
+        config.compare.variants = SMALL if variant else ROWS
         config.compare.label = ""
         return config
     config.compare.label = row = variant.removeprefix("small_")
