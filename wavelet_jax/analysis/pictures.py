@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import StrMethodFormatter
 
+from wavelet_jax import figures
 from wavelet_jax.analysis import rope_as_wavelet, windows
 from wavelet_jax.analysis.attention_maps import Maps
 from wavelet_jax.figures import COLOURS, MARKERS, plt  # after matplotlib has been told to write files only
@@ -277,7 +278,7 @@ def without_a_run(out: Path) -> list[Path]:
     }
     for name, draw in drawn.items():
         draw(out / name)
-    return [out / name for name in drawn]
+    return [*figures.paper_wavelets(out), *(out / name for name in drawn)]
 
 
 def _save(figure, note: str, path: Path) -> None:
