@@ -28,7 +28,8 @@ level 8, whose cascades do not converge. bior and rbio: the wavelet of decomposi
 Table 4 speaks for the defaults. rbio1.1 ends 271 tokens away, within L_train = 512, and extrapolates; db2, db4,
 rbio1.3 have lobes past 512, which no training has seen, and fail there; and where the near tokens see only a long,
 nearly silent beginning (db16, db32, bior6.8), perplexities are those of no position method at all: 21.1 to 21.2 at
-512 and 38 to 47 at 2,512 tokens, beside 21.53 and 48.48 of Table 1's NoPE.
+512 and 38 to 47 at 2,512 tokens, beside 21.53 and 48.48 of Table 1's NoPE. (That coif1, coif4, coif16, sym8 and dmey
+are worse than none, to 113 at 512, no reading here explains.)
 
 Pure functions; PyWavelets is imported where it is first needed.
 """
