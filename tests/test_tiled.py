@@ -82,6 +82,7 @@ METHODS = {
     "t5": {},
     "shaw": {"values": True, "clip_distance": 20},
     "transformer_xl": {},
+    "discrete_wavelet": {"wavelet": "db8"},
 }
 SITUATIONS = {
     "causal": {"T": 70, "S": 70},
@@ -116,6 +117,16 @@ def test_head_sizes_and_the_shipped_tiles(head_dim, causal):
     arrays = inputs(900, 900, H=2, K=1, D=head_dim, B=1)
     expected = value_and_gradients("reference", method, {}, *arrays, causal=causal)
     assert_same(value_and_gradients("tiled", method, {}, *arrays, causal=causal), expected, FLOAT32)
+
+
+@slow
+@pytest.mark.parametrize("wavelet", ["rbio1.1", "db8"])
+def test_discrete_wavelets_and_the_shipped_tiles(wavelet):
+    """rbio1.1 ends 272 tokens away, within the sequence, db8 3,855."""
+    method = positions.make("discrete_wavelet", num_heads=2, head_dim=32, wavelet=wavelet)
+    arrays = inputs(700, 700, H=2, K=1, B=1)
+    expected = value_and_gradients("reference", method, {}, *arrays)
+    assert_same(value_and_gradients("tiled", method, {}, *arrays), expected, FLOAT32)
 
 
 def wide_grid() -> dict:
