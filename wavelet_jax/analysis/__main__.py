@@ -5,8 +5,8 @@
     python -m wavelet_jax.analysis --figures --out=runs/figures
 
 The first writes attention_map_layerN_THRESHOLD.png (a panel a head and run), receptive_field.csv and .png, gradient.csv
-and .png, and stamp.json; at any length, in the memory of the key-value cache and a block of queries, said before
-it starts. The second draws the paper's pictures that no trained model is needed for.
+and .png, and stamp.json; at any length, in the memory of the key-value cache and of a block of queries. The second
+draws the paper's pictures that no trained model is needed for.
 """
 
 from pathlib import Path

@@ -43,7 +43,7 @@ def attention_map(
     figure, grid = plt.subplots(
         *shape,
         figsize=((inches + 0.1) * shape[1] + 0.8, (inches + 0.25) * shape[0] + 0.9),
-        dpi=110,
+        dpi=96,
         layout="constrained",
         squeeze=False,
     )

@@ -98,7 +98,8 @@ def analyse(
         program = job.program
         print(
             f"{job.label}: {length:,} tokens, {len(program.blocks)} blocks of {program.blocks[0][1]:,} queries, "
-            f"{memory.shown(program.bytes)} of the {memory.shown(memory.available()[0])} of {memory.available()[1]}",
+            f"at least {memory.shown(program.bytes)} of the {memory.shown(memory.available()[0])} of "
+            f"{memory.available()[1]}",  # an allocator holds more than a program's arrays
             file=sys.stderr,
         )
         # After a block, the bar's estimate of what remains is good: all blocks meet all keys, seen or hidden.
@@ -134,6 +135,7 @@ def analyse(
     shown = _token_labels(corpus, length) if labels else None
     written = _write(maps, rows, gradients, stamp, shown, out)
     print(table(rows, stamp))
+    print(f"\nmost memory held: {memory.shown(memory.peak())}")
     print("\nwritten:", *written, sep="\n  ")
     return written
 
