@@ -220,15 +220,14 @@ def test_the_paper_s_schedule_at_its_corners():
 
 
 def test_the_paper_s_first_update():
-    """Of configs/paper/table1.py: the gradient of the mean over tokens, in however many parts, is clipped at 0.1, and
-    NAG moves by 1.99 of it."""
+    """Of configs/paper/table1.py: the gradient of the mean over tokens is clipped at 0.1; NAG moves by 1.99 of it."""
     config = table1.get_config("small_nope")
     config.model.update(num_layers=1, dropout=0.0, adaptive_dropout=0.0, cutoffs=(100, 110))
-    config.train.update(length=64, batch_size=8, accumulation=4, logits_chunk=0)
+    config.train.update(length=64, batch_size=8, logits_chunk=0)
     config.optimizer.warmup_start = 1e-3
     graphdef, _ = training.shapes(config, VOCAB, sharding.make_mesh(config))
     state = quick_jit(lambda: training._make_state(config, VOCAB))()
-    after, metrics = quick_jit(training.make_train_step(config, graphdef))(state, batch(4))
+    after, metrics = quick_jit(training.make_train_step(config, graphdef))(state, batch())
 
     def loss(params):
         tokens = batch()[0]

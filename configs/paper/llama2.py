@@ -17,7 +17,7 @@ The paper's updates are of one window. That run is `--config.train.batch_size=1 
 as many words is trained on the text.
 
 Variants: any position method, and with `_32k` after it (`wavelet_32k`) windows of 32,768 tokens. Before it, a size:
-`1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64), the same
+`1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64, in float32), the same
 batches of tokens but for 100m and 10m, and the copies of a model that one device can hold. A size alone, such as `10m`,
 trains wavelets and RoPE one after another and compares them; with no variant, those of 7b.
 """
@@ -51,6 +51,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4  # with b1 0.9 and b2 0.95, the paper's; the schedule is ours
     if size in ("7b", "1b"):
         config.mesh.update(data=1, fsdp=-1)
+    if size == "10m":  # for CPUs too
+        config.model.dtype = "float32"
     if long:
         config.position.max_positions = 32768
         config.train.update(length=32768, batch_size=max(1, windows // 8))
