@@ -17,9 +17,9 @@ The paper's updates are of one window. That run is `--config.train.batch_size=1 
 as many words is trained on the text.
 
 Variants: any position method, and with `_32k` after it (`wavelet_32k`) windows of 32,768 tokens. Before it, a size:
-`1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64, in float32), the same
-batches of tokens but for 100m and 10m, and the copies of a model that one device can hold. A size alone, such as `10m`,
-trains wavelets and RoPE one after another and compares them; with no variant, those of 7b.
+`1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64, in
+float32) and the same tokens an update (100m and 10m: fewer); from 350m down a device holds a whole model. A size alone,
+such as `10m`, trains wavelets and RoPE one after another and compares them; with no variant, those of 7b.
 """
 
 from ml_collections import ConfigDict
