@@ -185,7 +185,7 @@ def test_the_small_table_is_trained_and_drawn(tmp_path):
     flags = [f"--config.data.train_files={tmp_path}/train.tokens", f"--config.data.cache_dir={tmp_path}/cache"]
     flags += [f"--config.data.validation_files={tmp_path}/valid.tokens", "--config.train.steps=2"]
     flags += ["--config.model.cutoffs=(500, 2000)", "--config.train.batch_size=2", "--config.eval.windows=2"]
-    flags += ["--config.optimizer.warmup_steps=1"]
+    flags += ["--config.optimizer.warmup_steps=1", "--config.data.source=text"]
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT}/configs/paper/table1.py:small", *flags]
     ran = subprocess.run(
         [*command, f"--workdir={tmp_path}/runs"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -221,7 +221,7 @@ def evaluate(
             raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
 
     jobs, strides, blocks_of = [], {}, {}  # strides and blocks by run and length
-    for config, workdir, label in zip(configs, workdirs, _labels(configs, workdirs), strict=True):
+    for config, workdir, label in zip(configs, workdirs, labels(configs, workdirs), strict=True):
         work = {}
         for length in lengths:
             moved = strides[workdir, length] = _stride(config, protocol, length, stride)
@@ -388,7 +388,7 @@ def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
     return num_targets or longest  # one block, where the limit is below the longest length
 
 
-def _labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
+def labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
     """What runs are called; where one name occurs twice, with as much of the directories' ends as tells them apart."""
     names = [runs.label(config) for config in configs]
     parts = [workdir.resolve().parts for workdir in workdirs]

@@ -1,8 +1,11 @@
 """Table 2 (section 7, A.8): the shape of Llama-2-7B from scratch, wavelets of scales 2^2 to 2^9 against RoPE.
 
     python train.py --config=configs/paper/llama2.py:wavelet --workdir=DIR \
-        --config.data.train_files='redpajama-sample/*.jsonl'
+        --config.data.train_files='redpajama-sample/*_sample.jsonl' \
+        --config.data.validation_files='codeparrot-clean-valid/*.json.gz' --config.data.tokenizer_file=tokenizer.model
 
+The files are those of RedPajama's 1B-token sample (JSON lines with "text"), of CodeParrot's (with "content"), and Llama's
+SentencePiece model; without it, `--config.data.tokenizer=bpe` trains as many BPE tokens on the text.
 6,738,415,616 parameters with 32,000 words. An update is a window of 4,096 tokens for each of 256 chips, a million
 tokens in all and 5e16 FLOPs. What it takes on a TPU slice, compiled without one:
 
@@ -13,8 +16,7 @@ and docs/launch.md has what that printed. Nobody has trained it here. Expected p
 9.33, 9.12, 8.90.
 
 The paper's updates are of one window. That run is `--config.train.batch_size=1 --config.mesh.fsdp=1
---config.mesh.tensor=-1` on 8 chips with the memory for it. Llama's own SentencePiece vocabulary is not here: a BPE of
-as many words is trained on the text.
+--config.mesh.tensor=-1` on 8 chips with the memory for it.
 
 Variants: any position method, and with `_32k` after it (`wavelet_32k`) windows of 32,768 tokens. Before it, a size:
 `1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64, in
@@ -41,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     size, _, method = variant.partition("_") if variant.split("_")[0] in SIZES else ("7b", "", variant)
     method, long = method.removesuffix("_32k"), method.endswith("_32k")
     config = default.get_config(method or "wavelet")
-    config.data.update(source="jsonl", tokenizer="bpe", vocab_size=32000)
+    config.data.update(source="jsonl", tokenizer="sentencepiece", vocab_size=32000, validation_text_field="content")
     layers, width, heads, d_ff, windows = SIZES[size]
     config.model.update(num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads)
     config.model.update(head_dim=width // heads, d_ff=d_ff, tied_head=False, dtype="bfloat16", remat="block")
@@ -57,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.position.max_positions = 32768
         config.train.update(length=32768, batch_size=max(1, windows // 8))
         config.mesh.tensor = min(8, heads) if size in ("7b", "1b") else 1
+    config.eval.sequences = 100
     config.compare.update(lengths=(4096, 8192, 16384, 32768), protocol="non_overlapping")
     if method:
         config.compare.label = LABELS.get(method, method)

@@ -1,11 +1,12 @@
 """Table 1 (section 6, A.7): perplexity on WikiText-103 past the training length, by position method.
 
-    python train.py --config=configs/paper/table1.py:wavelet_ricker --workdir=DIR \
-        --config.data.train_files=wiki.train.tokens --config.data.validation_files=wiki.valid.tokens
+    python -m wavelet_jax.data.wikitext --name=wikitext103 --tfds_dir=~/tensorflow_datasets
+    python train.py --config=configs/paper/table1.py:wavelet_ricker --workdir=DIR
 
 One row: Baevski and Auli's model (246.9M parameters: 16 layers of width 1,024, 8 heads of 128, adaptive input and
 softmax), 286,000 updates of 73,728 words, of which the paper's 8 devices read 9,216 each. 2.9e19 FLOPs: 8 hours of
-8 A100 at 40% of their peak. The files are those of the word-level archive, of 103,227,021 words.
+8 A100 at 40% of their peak. The text has 103,227,021 words; the files of its word-level archive do as well, by
+`--config.data.source=text --config.data.train_files=wiki.train.tokens --config.data.validation_files=wiki.valid.tokens`.
 
 Variants: a row of Table 1, nope | rope_theta1e4 | rope_theta5e5 | transformer_xl | alibi | wavelet_ricker |
 wavelet_gaussian | wavelet_morlet | wavelet_haar | wavelet_haar_fixed_scale, or any position method, of which sinusoidal
@@ -21,12 +22,11 @@ methods below one after another, then the figures. Expected perplexity, attentio
     alibi           19.69    18.71    18.41      18.66    17.86    17.88
     wavelet_ricker  19.19    18.23    17.99      18.26    17.14    17.44
 
-`small_` before any of these is the same code at the size of a laptop: 4 layers of width 128, 4 heads of 32, WikiText-2
-(the same flags with its files), L_train 128 in place of 512 and 256 in place of 1,024. `small` trains the six methods
-and draws the figures:
+`small_` before any of these is the same code at the size of a laptop: 4 layers of width 128, 4 heads of 32, WikiText-2,
+L_train 128 in place of 512 and 256 in place of 1,024. `small` trains the six methods and draws the figures:
 
-    python train.py --config=configs/paper/table1.py:small --workdir=runs/table1_small \
-        --config.data.train_files=wiki.train.tokens --config.data.validation_files=wiki.valid.tokens
+    python -m wavelet_jax.data.wikitext --name=wikitext2 --tfds_dir=~/tensorflow_datasets
+    python train.py --config=configs/paper/table1.py:small --workdir=runs/table1_small
 
 What differs from the paper: it trained in float16 with loss scaling, here activations are bfloat16 (float32 when small)
 and parameters float32; fairseq draws q, k and v with half of Xavier's variance, here all linear layers have all of it.
@@ -86,7 +86,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def section6(small: bool, long: bool = False) -> ConfigDict:
     """The model, training and evaluation of section 6, with L_train 512, or 1,024 where `long`; the method is left."""
     config = default.get_config()
-    config.data.update(source="text", tokenizer="word")
+    config.data.update(source="tfds:wikitext/wikitext103", tokenizer="word")
     config.model.update(num_layers=16, d_model=1024, num_heads=8, num_kv_heads=8, head_dim=128, d_ff=4096)
     config.model.update(norm="layer", activation="relu", use_bias=True, final_norm=False)
     config.model.update(vocabulary="adaptive", cutoffs=(20_000, 60_000), adaptive_factor=4)
@@ -100,6 +100,7 @@ def section6(small: bool, long: bool = False) -> ConfigDict:
     config.checkpoint.every = 5_000
     config.eval.update(every=5_000, windows=256, max_tokens=0)
     if small:
+        config.data.source = "tfds:wikitext/wikitext2"
         config.model.update(num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512)
         config.model.update(cutoffs=(2_000, 10_000), dtype="float32")
         config.model.update(dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, adaptive_dropout=0.1)

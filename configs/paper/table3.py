@@ -3,7 +3,7 @@
     python train.py --config=configs/paper/table3.py:ricker_2^0..2^7 --workdir=DIR
     python train.py --config=configs/paper/table3.py:small --workdir=DIR
 
-The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for
+The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data and for
 the compute, which each row takes. Expected perplexity at full length, the paper's:
 
     variant                shifts        512    1012    2512        variant                 512    1012    2512

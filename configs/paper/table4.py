@@ -3,7 +3,7 @@
     python train.py --config=configs/paper/table4.py:rbio1.1 --workdir=DIR
     python train.py --config=configs/paper/table4.py:small --workdir=DIR
 
-The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data's flags and for
+The model, text and training are those of configs/paper/table1.py at L_train 512: see there for the data and for
 the compute, which each row takes. Expected perplexity at full length, the paper's, at 512, 1,012 and 2,512 tokens
 (and on top, from Table 3):
 

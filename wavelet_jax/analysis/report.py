@@ -83,7 +83,7 @@ def analyse(
         if checkpoint.latest_step(workdir) is None:
             raise UserError(f"{workdir} has no checkpoint to look into: train it first")
 
-    names = evaluation._labels(configs, workdirs)
+    names = evaluation.labels(configs, workdirs)
     jobs = [
         _prepare(name, config, workdir, corpus, layers, heads, length, pixels, texts)
         for name, config, workdir in zip(names, configs, workdirs, strict=True)
