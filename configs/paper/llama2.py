@@ -4,8 +4,9 @@
         --config.data.train_files='redpajama-sample/*_sample.jsonl' \
         --config.data.validation_files='codeparrot-clean-valid/*.json.gz' --config.data.tokenizer_file=tokenizer.model
 
-The files are those of RedPajama's 1B-token sample (JSON lines with "text"), of CodeParrot's (with "content"), and Llama's
-SentencePiece model; without it, `--config.data.tokenizer=bpe` trains as many BPE tokens on the text.
+The files are RedPajama's 1B-token sample (JSON lines with "text"), CodeParrot (with "content") and Llama's own
+SentencePiece model; without that, `--config.data.tokenizer=bpe` trains as many BPE tokens on the text.
+
 6,738,415,616 parameters with 32,000 words. An update is a window of 4,096 tokens for each of 256 chips, a million
 tokens in all and 5e16 FLOPs. What it takes on a TPU slice, compiled without one:
 

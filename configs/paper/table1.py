@@ -5,8 +5,8 @@
 
 One row: Baevski and Auli's model (246.9M parameters: 16 layers of width 1,024, 8 heads of 128, adaptive input and
 softmax), 286,000 updates of 73,728 words, of which the paper's 8 devices read 9,216 each. 2.9e19 FLOPs: 8 hours of
-8 A100 at 40% of their peak. The text has 103,227,021 words; the files of its word-level archive do as well, by
-`--config.data.source=text --config.data.train_files=wiki.train.tokens --config.data.validation_files=wiki.valid.tokens`.
+8 A100 at 40% of their peak. The text has 103,227,021 words; its word-level files themselves can be read too:
+`--config.data.source=text --config.data.train_files=wiki.train.tokens --config.data.validation_files=wiki.valid.tokens`
 
 Variants: a row of Table 1, nope | rope_theta1e4 | rope_theta5e5 | transformer_xl | alibi | wavelet_ricker |
 wavelet_gaussian | wavelet_morlet | wavelet_haar | wavelet_haar_fixed_scale, or any position method, of which sinusoidal
