@@ -232,8 +232,8 @@ def read(model: Decoder, tokens, cache):
     return queries[0], weights, output, cache
 
 
-# By default the methods that enter in different places: relative keys, a rotation, a bias, all of Transformer-XL's.
-FIRST = ("wavelet", "rope", "alibi", "transformer_xl")
+# By default the methods that enter in different places: relative keys, a rotation, a bias.
+FIRST = ("wavelet", "rope", "alibi")
 
 
 @pytest.mark.parametrize(
@@ -413,6 +413,7 @@ def test_receptive_fields_and_gradients_are_drawn(tmp_path):
     assert coloured["c"] > 300
 
 
+@pytest.mark.slow
 def test_pictures_that_need_no_run(tmp_path):
     for path in pictures.without_a_run(tmp_path / "new"):
         seen = pixels_of(path)
