@@ -295,7 +295,7 @@ def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
 def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
     """Perplexity by method and length with its interval, as text."""
     lengths = sorted({curve.length for curve in curves})
-    width = 22
+    width = 26  # of two spaces and hundreds with their interval
     lines = [
         f"perplexity a {stamp['unit']} [95% interval] by length; {stamp['protocol']}, "
         f"{stamp['tokens_scored']:,} tokens scored at every length, {stamp['tokenizer']} tokenizer",

@@ -23,7 +23,8 @@ methods below one after another, then the figures. Expected perplexity, attentio
     wavelet_ricker  19.19    18.23    17.99      18.26    17.14    17.44
 
 `small_` before any of these is the same code at the size of a laptop: 4 layers of width 128, 4 heads of 32, WikiText-2,
-L_train 128 in place of 512 and 256 in place of 1,024. `small` trains the six methods and draws the figures:
+L_train 128 in place of 512 and 256 in place of 1,024. `small` trains the six methods and draws the figures,
+in about an hour on one core (docs/paper.md has what came out):
 
     python -m wavelet_jax.data.wikitext --name=wikitext2 --tfds_dir=~/tensorflow_datasets
     python train.py --config=configs/paper/table1.py:small --workdir=runs/table1_small
