@@ -176,11 +176,11 @@ def test_scored_tokens_are_whole_blocks_of_the_longest_length(available, limit, 
 
 def test_runs_of_one_method_are_told_apart():
     configs = [default.get_config(method) for method in ("wavelet", "wavelet", "rope")]
-    assert evaluation._labels(configs[1:], [Path("a/wavelet"), Path("a/rope")]) == ["wavelet", "rope"]
-    labels = evaluation._labels(configs, [Path("a/wavelet"), Path("b/wavelet"), Path("b/rope")])
+    assert evaluation.labels(configs[1:], [Path("a/wavelet"), Path("a/rope")]) == ["wavelet", "rope"]
+    labels = evaluation.labels(configs, [Path("a/wavelet"), Path("b/wavelet"), Path("b/rope")])
     assert labels == ["wavelet (a/wavelet)", "wavelet (b/wavelet)", "rope"]
     configs[0].compare.label = "rope_theta5e5"
-    assert evaluation._labels(configs[:2], [Path("a/wavelet"), Path("b/wavelet")]) == ["rope_theta5e5", "wavelet"]
+    assert evaluation.labels(configs[:2], [Path("a/wavelet"), Path("b/wavelet")]) == ["rope_theta5e5", "wavelet"]
 
 
 def test_length_past_the_validation_text_is_refused():
