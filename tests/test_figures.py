@@ -16,7 +16,7 @@ VALUE = 2e-6
 def drawn(monkeypatch):
     """{file name: figure} of what is drawn, closed in the end."""
     kept = {}
-    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.update({path.name: figure}))
+    monkeypatch.setattr(figures, "save", lambda figure, path, note="": kept.update({path.name: figure}))
     yield kept
     for figure in kept.values():
         plt.close(figure)

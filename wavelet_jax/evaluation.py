@@ -9,9 +9,7 @@ import csv
 import dataclasses
 import functools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -206,7 +204,8 @@ def evaluate(
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
         config.eval.update(changes or {})
-        missing = [key for key in LATER_KEYS if key not in runs.flatten(config)]
+        there = runs.flatten(config)
+        missing = [key for key in LATER_KEYS if key not in there]
         if missing:
             raise UserError(
                 f"{workdir}/config.json is of an earlier version, without {', '.join(missing)}: set them there"
@@ -278,9 +277,7 @@ def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
     """Writes extrapolation.csv, extrapolation.png, loss_by_position.png and stamp.json into `out`."""
     from wavelet_jax import figures  # matplotlib takes a second to import, and bad input should not wait for it
 
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:  # all of one evaluation, or all of the one before
-        partial = Path(folder)
+    with runs.written_together(out) as partial:
         with (partial / "extrapolation.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -288,8 +285,6 @@ def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
         (partial / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
         figures.extrapolation(curves, stamp, partial / "extrapolation.png")
         figures.loss_by_position(curves, stamp, partial / "loss_by_position.png")
-        for name in WRITTEN:
-            os.replace(partial / name, out / name)
 
 
 def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:

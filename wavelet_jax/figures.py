@@ -92,8 +92,7 @@ def beside_paper(pairs: Sequence, path: Path) -> None:
     tables = ", ".join(str(table) for table in sorted({pair.paper.table for pair in pairs}))
     protocols = ", ".join(sorted({pair.ours.protocol for pair in pairs}))
     note = f"{protocols}; the paper: Oka et al., ICLR 2025, Table {tables}; other models and texts than here"
-    figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
-    _save(figure, path)
+    save(figure, path, note)
 
 
 def wavelets_by_scale(exponents: Sequence[int], path: Path, mother: str = "ricker") -> None:
@@ -110,7 +109,7 @@ def wavelets_by_scale(exponents: Sequence[int], path: Path, mother: str = "ricke
     axes.set_title(f"{mother.capitalize()} wavelets")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def mother_wavelets(path: Path, scale: float = 16.0) -> None:
@@ -125,7 +124,7 @@ def mother_wavelets(path: Path, scale: float = 16.0) -> None:
     axes.set_title(f"Mother wavelets, a = {scale:g}, b = 0")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def discrete_wavelets(names: Sequence[str], path: Path, level: int = 10) -> None:
@@ -142,7 +141,7 @@ def discrete_wavelets(names: Sequence[str], path: Path, level: int = 10) -> None
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
     figure.suptitle(f"Discrete wavelets, level {level}, by PyWavelets", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def position_tables(tables: dict[str, tuple[np.ndarray, Sequence[str]]], path: Path) -> None:
@@ -165,7 +164,7 @@ def position_tables(tables: dict[str, tuple[np.ndarray, Sequence[str]]], path: P
         axes.set_xlabel("t = m - n (tokens)")
         axes.set_title(title)
         figure.colorbar(image, ax=axes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def paper_wavelets(out: Path) -> list[Path]:
@@ -196,8 +195,11 @@ def paper_wavelets(out: Path) -> list[Path]:
     return paths
 
 
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight")
+def save(figure, path: Path, note: str = "") -> None:
+    """Writes a picture, with a note in small print below it, and closes the figure."""
+    if note:
+        figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
+    figure.savefig(path, bbox_inches="tight", pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
@@ -231,14 +233,6 @@ def _finish(figure, axes, stamp: dict[str, object], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     stride = ", ".join(f"{stride:,}" for stride in stamp["stride"])
-    figure.text(
-        0.995,
-        -0.01,
-        f"{stamp['protocol']}, stride {stride}; {stamp['tokens_scored']:,} tokens scored at every length; "
-        f"{stamp['tokenizer']} tokenizer; {stamp['interval']}",
-        ha="right",
-        va="top",
-        fontsize=7,
-        color="0.4",
-    )
-    _save(figure, path)
+    note = f"{stamp['protocol']}, stride {stride}; {stamp['tokens_scored']:,} tokens scored at every length; "
+    note += f"{stamp['tokenizer']} tokenizer; {stamp['interval']}"
+    save(figure, path, note)

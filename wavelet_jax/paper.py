@@ -167,13 +167,13 @@ def write(pairs: Sequence[Pair], out: Path) -> None:
     """Writes comparison.csv and comparison.png into `out`."""
     from wavelet_jax import figures  # matplotlib takes a second to import
 
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "comparison.csv").open("w", newline="") as file:
-        lines = [pair.line() for pair in pairs]
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
-    figures.beside_paper(pairs, out / "comparison.png")
+    lines = [pair.line() for pair in pairs]
+    with runs.written_together(out) as partial:
+        with (partial / "comparison.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
+        figures.beside_paper(pairs, partial / "comparison.png")
 
 
 def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:

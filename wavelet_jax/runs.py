@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,17 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
 def label(config: ConfigDict) -> str:
     """What tables and figures call a run."""
     return config.compare.label or config.position.method
+
+
+@contextlib.contextmanager
+def written_together(out: Path) -> Iterator[Path]:
+    """A folder to write results into: at the end all its files go to `out`, after an error none."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        partial = Path(folder)
+        yield partial
+        for path in sorted(partial.iterdir()):
+            os.replace(path, out / path.name)
 
 
 def check_folder(folder: Path) -> None:

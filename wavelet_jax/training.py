@@ -55,9 +55,8 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     # Where no start is given, the first update counts as 1 of the warm-up: an update at learning rate 0 would be lost.
     start = config.optimizer.warmup_start or peak / (warmup + 1)
 
-    def rising(
-        step: jax.Array,
-    ) -> jax.Array:  # optax's would add a small start to the peak's negative, and round it away
+    def rising(step: jax.Array) -> jax.Array:
+        # optax's would add a small start to the peak's negative, and round it away.
         return start + (peak - start) * step / warmup
 
     return optax.join_schedules([rising, after], [warmup]) if warmup else after

@@ -10,6 +10,7 @@ from matplotlib.ticker import StrMethodFormatter
 from wavelet_jax import figures
 from wavelet_jax.analysis import rope_as_wavelet, windows
 from wavelet_jax.analysis.attention_maps import Maps
+from wavelet_jax.analysis.receptive_field import DISTANCES
 from wavelet_jax.figures import COLOURS, MARKERS, plt  # after matplotlib has been told to write files only
 from wavelet_jax.positions.alibi import slopes
 
@@ -80,7 +81,7 @@ def attention_map(
     figure.supylabel("query (position, tokens)", fontsize=9)
     names = ", ".join(maps) if len(maps) == 1 else f"{len(maps)} models"
     figure.suptitle(f"Attention of layer {layer} ({names}): {threshold:g} and more in black", fontsize=10)
-    _save(figure, note, path)
+    figures.save(figure, path, note)
 
 
 def classes(maps: Maps, layer: int, head: int, threshold: float) -> np.ndarray:
@@ -100,11 +101,10 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
     figure, grid = plt.subplots(
         1, len(names), figsize=(3.9 * len(names) + 0.5, 4.4), dpi=120, layout="constrained", sharey=True, squeeze=False
     )
-    keys = [f"distance_{share:.0%}"[:-1] for share in windows.SHARES]
 
     def draw(axes, place: float, row: Mapping[str, object], colour: str, filled: bool) -> None:
         # t = 0 has a place on the log axis too.
-        values = [row[key] + 1 for key in keys if row[key] != ""]
+        values = [row[key] + 1 for key in DISTANCES if row[key] != ""]
         axes.plot([place] * len(values), values, color=colour, lw=1, alpha=0.6, zorder=1)
         for value, marker in zip(values, MARKERS, strict=False):
             axes.plot(place, value, marker, ms=5, color=colour, mfc=colour if filled else "white", zorder=2)
@@ -151,7 +151,7 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
     grid[0][0].set_ylim(0.8, 16 * length)
     grid[0][0].set_ylabel("distance + 1 (tokens)")
     figure.suptitle("How far heads look", fontsize=11)
-    _save(figure, note, path)
+    figures.save(figure, path, note)
 
 
 def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path: Path, *, note: str) -> None:
@@ -171,7 +171,7 @@ def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path
     axes.set_title("What the last prediction depends on")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, note, path)
+    figures.save(figure, path, note)
 
 
 # -- without a trained model ----------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def rope_wavelets(path: Path, d: int = 64) -> None:
     for axes in grid[1]:
         axes.set_xlabel("t")
     figure.suptitle(f"RoPE's Haar-like wavelets: one point a pair of dimensions in each half (d = {d})", fontsize=11)
-    _save(figure, "", path)
+    figures.save(figure, path)
 
 
 def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
@@ -232,7 +232,7 @@ def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
     grid[0].set_ylabel("row j")
     figure.colorbar(image, ax=grid[3], shrink=0.75)
     figure.suptitle(f"Position m = {m}, d = {d}, float64", fontsize=11)
-    _save(figure, "", path)
+    figures.save(figure, path)
 
 
 def alibi_windows(path: Path, num_heads: int = 8) -> None:
@@ -265,7 +265,7 @@ def alibi_windows(path: Path, num_heads: int = 8) -> None:
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    _save(figure, "", path)
+    figures.save(figure, path)
 
 
 def without_a_run(out: Path) -> list[Path]:
@@ -279,10 +279,3 @@ def without_a_run(out: Path) -> list[Path]:
     for name, draw in drawn.items():
         draw(out / name)
     return [*figures.paper_wavelets(out), *(out / name for name in drawn)]
-
-
-def _save(figure, note: str, path: Path) -> None:
-    if note:
-        figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
-    figure.savefig(path, bbox_inches="tight", pil_kwargs={"optimize": True})
-    plt.close(figure)

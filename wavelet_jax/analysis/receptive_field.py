@@ -21,7 +21,8 @@ from wavelet_jax.training import token_losses
 
 # kind: measured, alibi_window (of a head's slope) or wavelet_scale (of all heads). A distance that is past
 # `windows.LONGEST` is left empty, and so is what a kind does not have.
-COLUMNS = ("method", "kind", "layer", "head", "scale", "slope", "distance_50", "distance_90", "distance_99", "support")
+DISTANCES = tuple(f"distance_{share:.0%}".removesuffix("%") for share in windows.SHARES)
+COLUMNS = ("method", "kind", "layer", "head", "scale", "slope", *DISTANCES, "support")
 
 
 def rows(label: str, method: PositionMethod, maps: Maps) -> list[dict[str, object]]:
@@ -32,7 +33,7 @@ def rows(label: str, method: PositionMethod, maps: Maps) -> list[dict[str, objec
     found = []
 
     def add(kind: str, distances, **values) -> None:
-        by_share = {f"distance_{share:.0%}"[:-1]: each for share, each in zip(windows.SHARES, distances, strict=True)}
+        by_share = dict(zip(DISTANCES, distances, strict=True))
         found.append(dict.fromkeys(COLUMNS, "") | {"method": label, "kind": kind} | by_share | values)
 
     measured = np.stack([maps.distances(share) for share in windows.SHARES], axis=-1)

@@ -4,9 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,7 +147,7 @@ def table(rows: Sequence[dict[str, object]], stamp: dict[str, object]) -> str:
     ]
     for row in rows:
         if row["kind"] == "measured":
-            reached = "".join(f"{row[f'distance_{share}']:>9,}" for share in (50, 90, 99))
+            reached = "".join(f"{row[column]:>9,}" for column in receptive_field.DISTANCES)
             lines.append(f"{row['method']:24}{row['layer']:>6}{row['head']:>6}{reached}")
     return "\n".join(lines)
 
@@ -230,9 +228,7 @@ def _write(
 
     updates = ", ".join(f"{name} at update {step:,}" for name, step in stamp["updates"].items())
     note = f"{stamp['text']}; {stamp['tokenizer']} tokenizer; {updates}"
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        partial = Path(folder)
+    with runs.written_together(out) as partial:
         for layer in stamp["layers"]:
             for threshold in stamp["thresholds"]:
                 path = partial / f"attention_map_layer{layer}_{threshold:g}.png"
@@ -254,6 +250,4 @@ def _write(
             pictures.gradient(gradients, lengths, partial / "gradient.png", note=described)
         (partial / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
         names = sorted(path.name for path in partial.iterdir())
-        for name in names:
-            os.replace(partial / name, out / name)
     return [out / name for name in names]
