@@ -155,11 +155,11 @@ def test_without_x_transformers_it_is_said_what_to_install(monkeypatch):
     assert steps.x_transformers_obstacle() == "x_transformers not installed (pip install -e '.[bench]')"
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
+def run_script(*arguments: str, name: str = "train_step.py") -> subprocess.CompletedProcess:
     # Compiled without optimizations: what is tested here is that all fits together, and no time of it is read.
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
         env={**os.environ, "XLA_FLAGS": flags},
         cwd=ROOT,
         capture_output=True,
@@ -204,3 +204,18 @@ def test_bad_flags_are_one_line(arguments, said):
     [line] = ran.stderr.splitlines()
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.slow
+def test_gathered_and_in_a_ring_are_what_one_device_computes(tmp_path):
+    shape = ("--devices=4", "--length=256", "--heads=2", "--head_dim=16", "--rounds=1")
+    ran = run_script(*shape, f"--out={tmp_path / 'sharded.json'}", name="sharded.py")
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads((tmp_path / "sharded.json").read_text())["rows"]
+    errors = [row["largest_error"] for row in rows if row["case"] != "one device"]
+    assert len(errors) == 4
+    assert max(errors) < 2e-5  # outputs and gradients of size 1 to 10, in float32
+
+    ran = run_script("--methods=alibi", name="sharded.py")
+    assert ran.returncode == 2
+    assert ran.stderr == "error: the ring carries rotations and constant relative keys, not alibi\n"
