@@ -899,10 +899,10 @@ FILES = {
             ["list.jsonl line 1", "is a JSON list", "config.data.text_field"],
         ),
         ({"source": "jsonl", "train_files": "syntax.jsonl"}, ["syntax.jsonl line 2 is not JSON", "config.data.source"]),
-        ({"validation_text_field": "b"}, ["config.data.validation_text_field goes with JSON lines"]),
+        ({"validation_text_field": "b"}, ["config.data.validation_text_field is 'b', which goes with JSON lines"]),
         (
             {"source": "jsonl", "train_files": "one.jsonl", "validation_text_field": "content"},
-            ["config.data.validation_text_field goes with JSON lines in config.data.validation_files"],
+            ["JSON lines in config.data.validation_files: name files there, or leave it empty"],
         ),
         (
             {

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -136,6 +137,16 @@ def test_bad_input_is_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert "unknown row of the paper's tables 'rope_theta1e5': did you mean 'rope_theta" in done.stderr
+    good = (folder / "extrapolation.csv").read_text()
+    header, line = good.splitlines()
+    for content, said in (
+        (f"{header}\n{line[:30]}", "extrapolation.csv, line 2: cut short, or no number"),
+        (good.replace("full_length", "full_length,x"), "line 2: cut short, or no number"),
+        (header, "extrapolation.csv has no lines"),
+    ):
+        (folder / "extrapolation.csv").write_text(content)
+        with pytest.raises(UserError, match=said):
+            paper.measured(folder)
     done = subprocess.run([sys.executable, "-m", "wavelet_jax.paper"], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--results=DIR" in done.stderr
@@ -146,3 +157,24 @@ def test_two_runs_of_one_row_stay_two():
     pairs = paper.match([as_measured(line, row=f"nope ({end})") for end in ("a", "b")], PAPER)
     assert [(pair.ours.row, pair.paper) for pair in pairs] == [("nope (a)", line), ("nope (b)", line)]
     assert "nope (b)" in paper.report(pairs)
+
+
+def run_main(monkeypatch, *folders) -> None:
+    monkeypatch.setattr(paper, "RESULTS", SimpleNamespace(value=[str(folder) for folder in folders]))
+    monkeypatch.setattr(paper, "OUT", SimpleNamespace(value=None))
+    paper.main()
+
+
+def test_what_cannot_be_set_beside_the_paper_says_why(tmp_path, monkeypatch):
+    line = next(x for x in PAPER if x.row == "alibi" and x.protocol == "full_length")
+    twice = [write_evaluation(tmp_path / name, [as_measured(line)]) for name in ("a", "b")]
+    with pytest.raises(UserError, match=f"a and .*b both have alibi at {line.length:,} tokens: name one"):
+        run_main(monkeypatch, *twice)
+    other = write_evaluation(tmp_path / "c", [dataclasses.replace(as_measured(line), protocol="sliding_window")])
+    with pytest.raises(
+        UserError, match=r"the paper has no alibi by sliding_window at .*: it has .*full_length of L_train 512 at 128, "
+    ):
+        run_main(monkeypatch, other)
+    (twice[0] / "stamp.json").write_text("{}")
+    with pytest.raises(UserError, match=r"stamp\.json is damaged"):
+        run_main(monkeypatch, twice[0])

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configs.paper import llama2, table1
+from configs.paper import llama2, table1, table3, table4
 from wavelet_jax import adaptive, model, runs, sharding, throughput, training
 from wavelet_jax.errors import UserError
 
 FILES = sorted(path.stem for path in (ROOT / "configs" / "paper").glob("*.py"))
 TABLE_1 = [f"{size}{row}{length}" for size in ("", "small_") for row in table1.ROWS for length in ("", "_1024")]
-TABLE_2 = [f"{size}_{method}" for size in llama2.SIZES for method in ("rope", "wavelet", "alibi", "wavelet_32k")]
+METHODS_2 = ("rope", "wavelet", "alibi", "wavelet_pod", "transformer_xl_32k")
+TABLE_2 = [f"{size}_{method}" for size in llama2.SIZES if size != "small" for method in METHODS_2]
 WIKITEXT_103, LLAMA = 267_735, 32_000  # words
 
 
@@ -100,16 +101,56 @@ def test_parameters_of_baevski_and_auli_s_model():
     assert throughput.matrix_parameters(config, WIKITEXT_103) == 16 * 12 * 1024**2 + 1024 * (1024 + 20_002)
 
 
+def test_rows_of_all_tables_have_the_same_parameters_but_those_of_their_positions():
+    """Nothing outside of attention depends on the method, so that a row's count is 246,932,928 and its positions'."""
+
+    def learned(config) -> int:
+        arrays = jax.tree.leaves(jax.eval_shape(model.make_position(config).init, jax.random.key(0)))
+        return sum(array.size for array in arrays)
+
+    rows = {(table, row): table.get_config(row) for table in (table1, table3, table4) for row in table.ROWS}
+    assert len({config.model.to_json() for config in rows.values()}) == 1
+    some = {row: learned(config) for (_, row), config in rows.items() if learned(config)}
+    # Transformer-XL: projected sinusoids and two biases, [d_model, H, D] and 2 [H, D] in each of 16 layers.
+    assert some["transformer_xl"] == 1024 * 1024 + 2 * 1024
+    assert set(some) == {"transformer_xl", "shaw", "t5", "learned"}
+    assert count(rows[table1, "wavelet_ricker"], WIKITEXT_103) == 246_932_928
+    assert count(rows[table1, "transformer_xl"], WIKITEXT_103) == 246_932_928 + 16 * some["transformer_xl"]
+
+
+def test_weights_are_drawn_as_baevski_and_auli_s():
+    """fairseq's: word vectors N(0, 1 / their width), Xavier's uniform for matrices, zero biases, norms of scale 1."""
+    config = table1.get_config("small_wavelet")
+    _, state, _ = training.init(config, 12_000, sharding.make_mesh(config))
+    seen = set()
+    for path, array in jax.tree_util.tree_leaves_with_path(state.params):
+        name, values = sharding.path_of(path), np.asarray(array, np.float64)
+        kind = next(kind for kind in ("words", "bias", "scale", "") if kind in name)
+        seen.add(kind)
+        if kind == "words":
+            assert values.std() == pytest.approx(values.shape[1] ** -0.5, rel=0.05), name
+        elif kind in ("bias", "scale"):
+            assert (values == (kind == "scale")).all(), name
+        else:
+            fan_in, fan_out = (values.shape[0], values.shape[-1]) if values.ndim == 2 else (128, 128)
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert 0.9 * bound < np.abs(values).max() <= bound, name
+            assert values.std() == pytest.approx(bound / 3**0.5, rel=0.15), name
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("variant", TABLE_2)
 def test_every_variant_of_table_2_builds(variant):
     config = llama2.get_config(variant)
     assert config.train.length == (32_768 if variant.endswith("_32k") else 4096)
+    assert config.train.batch_size == {"_pod": 256, "_32k": 32}.get(variant[-4:], 1)
+    assert config.position.method == variant.split("_", 1)[1].removesuffix("_pod").removesuffix("_32k")
     assert config.position.first_exponent == 2
     assert config.position.theta == 5e5
     parts_build(config, LLAMA)
 
 
-@pytest.mark.parametrize("variant", ["", "7b", "100m"])
+@pytest.mark.parametrize("variant", ["", "7b", "100m", "small"])
 def test_a_size_alone_compares_the_table_s_two_methods(variant):
     config = llama2.get_config(variant)
     labels = [llama2.get_config(name).compare.label for name in config.compare.variants]
@@ -125,6 +166,7 @@ def test_a_size_alone_compares_the_table_s_two_methods(variant):
         ("350m", 348_173_312),
         ("100m", 101_924_480),
         ("10m", 9_898_112),
+        ("small", 9_898_112),
     ],
 )
 def test_parameters_of_llama_s_shape(size, expected):
@@ -168,10 +210,18 @@ def test_small_variants_of_table_1_take_two_steps(variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("table", "variant"), [(table, name) for table in (table3, table4) for name in table.SMALL])
+def test_small_variants_of_tables_3_and_4_take_two_steps(table, variant):
+    config = table.get_config(variant)
+    config.train.batch_size = 2
+    two_steps(config, 10_100)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wavelet", "rope"])
 def test_ten_million_parameters_take_two_steps(method):
-    config = llama2.get_config(f"10m_{method}")
-    config.train.update(length=256, batch_size=2, logits_chunk=128)
+    config = llama2.get_config(f"small_{method}")
+    config.train.batch_size = 2
     two_steps(config, LLAMA)
 
 

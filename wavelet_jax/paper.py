@@ -79,7 +79,7 @@ def measured(folder: Path) -> list[Measured]:
     """The lines of an evaluation.
 
     Raises:
-      UserError: no extrapolation.csv there, or one that lacks a column.
+      UserError: no extrapolation.csv there, or one without lines, without a column, or with a line that is damaged.
     """
     file = folder / "extrapolation.csv"
     if not file.is_file():
@@ -186,7 +186,15 @@ def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
         missing = [column for column, _ in columns.values() if column not in (reader.fieldnames or ())]
         if missing:
             raise UserError(f"{file} has no column {', '.join(missing)}: is it an extrapolation.csv?")
-        return [of(**{name: kind(line[column]) for name, (column, kind) in columns.items()}) for line in reader]
+        lines = []
+        for line in reader:
+            try:
+                lines.append(of(**{name: kind(line[column]) for name, (column, kind) in columns.items()}))
+            except (TypeError, ValueError):
+                raise UserError(f"{file}, line {reader.line_num}: cut short, or no number where one belongs") from None
+    if not lines:
+        raise UserError(f"{file} has no lines: evaluate again")
+    return lines
 
 
 def _grouped(items: Iterable, key) -> dict:
@@ -196,22 +204,55 @@ def _grouped(items: Iterable, key) -> dict:
     return groups
 
 
+def _together(folders: Iterable[Path]) -> list[Measured]:
+    """The lines of several evaluations, of which no two are of the same row, protocol and lengths."""
+    of = {}
+    for folder in folders:
+        for line in measured(folder):
+            key = line.row, line.protocol, line.train_length, line.length
+            if key in of:
+                raise UserError(f"{of[key][0]} and {folder} both have {line.row} at {line.length:,} tokens: name one")
+            of[key] = folder, line
+    return [line for _, line in of.values()]
+
+
+def _without_counterpart(line: Measured, paper: Sequence[Published]) -> UserError:
+    row = line.row.split(" (")[0]
+    theirs = [x for x in paper if x.row == row]
+    if not theirs:
+        return unknown("row of the paper's tables", row, dict.fromkeys(x.row for x in paper))
+    lengths = _grouped(theirs, lambda x: f"{x.protocol} of L_train {x.train_length:,}")
+    found = (f"{kind} at {', '.join(f'{x.length:,}' for x in same)}" for kind, same in lengths.items())
+    return UserError(
+        f"the paper has no {row} by {line.protocol} at {line.length:,} tokens with L_train {line.train_length:,}, nor "
+        f"at the same multiples: it has {'; '.join(found)}"
+    )
+
+
+def _stamp(folder: Path) -> str:
+    """What an evaluation says of itself, in a line; empty where it says nothing."""
+    stamp = folder / "stamp.json"
+    if not stamp.is_file():
+        return ""
+    try:
+        says = json.loads(stamp.read_text())
+        return f"{folder}: {says['tokens_scored']:,} tokens scored, {says['tokenizer']} tokenizer"
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{stamp} is damaged: evaluate again, or remove it") from None
+
+
 def main() -> None:
     if not RESULTS.value:
         raise UserError("name results: --results=DIR, once or more, folders that a comparison or eval.py --out wrote")
     if OUT.value:
         runs.check_folder(Path(OUT.value))
     folders = [Path(folder) for folder in RESULTS.value]
-    ours, paper = [line for folder in folders for line in measured(folder)], published()
+    ours, paper = _together(folders), published()
     pairs = match(ours, paper)
     if not pairs:
-        raise unknown("row of the paper's tables", ours[0].row if ours else "", dict.fromkeys(x.row for x in paper))
-    for folder in folders:
-        stamp = folder / "stamp.json"
-        if stamp.is_file():
-            says = json.loads(stamp.read_text())
-            print(f"{folder}: {says['tokens_scored']:,} tokens scored, {says['tokenizer']} tokenizer")
-    print(report(pairs))
+        raise _without_counterpart(ours[0], paper)
+    stamps = [line for folder in folders if (line := _stamp(folder))]
+    print(*stamps, report(pairs), sep="\n")
     left_out = dict.fromkeys(x.row for x in ours if x.row not in {pair.ours.row for pair in pairs})
     if left_out:
         print(f"\nwithout a counterpart in the paper: {', '.join(left_out)}")

@@ -7,61 +7,84 @@
 The files are RedPajama's 1B-token sample (JSON lines with "text"), CodeParrot (with "content") and Llama's own
 SentencePiece model; without that, `--config.data.tokenizer=bpe` trains as many BPE tokens on the text.
 
-6,738,415,616 parameters with 32,000 words. An update is a window of 4,096 tokens for each of 256 chips, a million
-tokens in all and 5e16 FLOPs. What it takes on a TPU slice, compiled without one:
+As the paper: 30,000 updates of one window of 4,096 tokens. One window cannot be split into rows, so all devices share
+each product (mesh.tensor, up to 32 of them). Expected perplexity on CodeParrot (100 sequences, `non_overlapping`):
 
-    python train.py --config=configs/paper/llama2.py:wavelet --compile_only --topology=v5e:16x16
+    tokens                     4,096    8,192   16,384   32,768
+    wavelet_ricker_a2^2..2^9    9.00     9.01     8.83     8.60
+    rope_theta5e5               9.45     9.33     9.12     8.90
 
-and docs/launch.md has what that printed. Nobody has trained it here. Expected perplexity on CodeParrot (100 sequences,
-`non_overlapping`) at 4,096, 8,192, 16,384 and 32,768 tokens: wavelet 9.00, 9.01, 8.83, 8.60, RoPE (theta 5e5) 9.45,
-9.33, 9.12, 8.90.
+Variants: any position method; with no variant, wavelets and RoPE one after another, and then the figures. Before it a
+size: `1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64, in
+float32); a size alone, such as `10m`, trains and compares those two methods. Each run, at the paper's 123M tokens:
 
-The paper's updates are of one window. That run is `--config.train.batch_size=1 --config.mesh.fsdp=1
---config.mesh.tensor=-1` on 8 chips with the memory for it.
+    size                          7b       1b     350m     100m      10m    small
+    FLOPs                     5.3e18   8.0e17   3.0e17   8.3e16   7.4e15   3.7e13
+    hours of one A100 at 40%      12      1.8      0.7      0.2     0.02
 
-Variants: any position method, and with `_32k` after it (`wavelet_32k`) windows of 32,768 tokens. Before it, a size:
-`1b_`, `350m_`, `100m_` or `10m_`, of about so many parameters, with heads of 128 as the paper's (10m: of 64, in
-float32) and the same tokens an update (100m and 10m: fewer); from 350m down a device holds a whole model. A size alone,
-such as `10m`, trains wavelets and RoPE one after another and compares them; with no variant, those of 7b.
+`small` is the shape of 10m for a laptop: 500 updates of 8 windows of L_train = 256, scored at 256 to 2,048 tokens,
+20 sequences; about an hour on two cores for both methods.
+
+`_pod` after the method is the run for a slice: 256 windows an update, a million tokens, parameters split over all
+chips (for sizes from 350m down every chip has them all); and `_32k` the same with 32 windows of 32,768 tokens. Its
+30,000 updates are 256 times the paper's tokens (`--config.train.steps`), and what comes out is not Table 2. What a
+step takes there, compiled without a slice, and docs/launch.md has what that printed:
+
+    python train.py --config=configs/paper/llama2.py:wavelet_pod --compile_only --topology=v5e:16x16
+
+Nobody has trained the larger ones here.
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 
-# Layers, d_model, heads, d_ff (8/3 of d_model, to a multiple of 128) and windows an update; parameters, 32,000 words:
+# Layers, d_model, heads and d_ff (8/3 of d_model, to a multiple of 128); parameters, 32,000 words:
 SIZES = {
-    "7b": (32, 4096, 32, 11008, 256),  # 6,738,415,616
-    "1b": (17, 2048, 16, 5632, 256),  # 1,004,607,488
-    "350m": (22, 1024, 8, 2816, 256),  # 348,173,312
-    "100m": (12, 640, 5, 1792, 64),  # 101,924,480
-    "10m": (8, 128, 2, 384, 16),  # 9,898,112
+    "7b": (32, 4096, 32, 11008),  # 6,738,415,616
+    "1b": (17, 2048, 16, 5632),  # 1,004,607,488
+    "350m": (22, 1024, 8, 2816),  # 348,173,312
+    "100m": (12, 640, 5, 1792),  # 101,924,480
+    "10m": (8, 128, 2, 384),  # 9,898,112
 }
+SIZES["small"] = SIZES["10m"]
 LABELS = {"rope": "rope_theta5e5", "wavelet": "wavelet_ricker_a2^2..2^9"}  # the table's names
+POD = 256  # windows of 4,096 an update
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    size, _, method = variant.partition("_") if variant.split("_")[0] in SIZES else ("7b", "", variant)
-    method, long = method.removesuffix("_32k"), method.endswith("_32k")
+    size, _, rest = variant.partition("_") if variant.split("_")[0] in SIZES else ("7b", "", variant)
+    method, _, scale = rest.rpartition("_") if rest.endswith(("_pod", "_32k")) else (rest, "", "")
     config = default.get_config(method or "wavelet")
     config.data.update(source="jsonl", tokenizer="sentencepiece", vocab_size=32000, validation_text_field="content")
-    layers, width, heads, d_ff, windows = SIZES[size]
+    layers, width, heads, d_ff = SIZES[size]
     config.model.update(num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads)
     config.model.update(head_dim=width // heads, d_ff=d_ff, tied_head=False, dtype="bfloat16", remat="block")
     config.position.update(first_exponent=2, theta=5e5, max_positions=4096)
-    config.train.update(steps=30_000, length=4096, batch_size=windows)
-    config.train.logits_chunk = windows * 512  # 512 tokens a chip, where each has a window
+    config.train.update(steps=30_000, length=4096, batch_size=1, logits_chunk=512)
     config.optimizer.learning_rate = 3e-4  # with b1 0.9 and b2 0.95, the paper's; the schedule is ours
-    if size in ("7b", "1b"):
-        config.mesh.update(data=1, fsdp=-1)
-    if size == "10m":  # for CPUs too
-        config.model.dtype = "float32"
-    if long:
-        config.position.max_positions = 32768
-        config.train.update(length=32768, batch_size=max(1, windows // 8))
-        config.mesh.tensor = min(8, heads) if size in ("7b", "1b") else 1
     config.eval.sequences = 100
     config.compare.update(lengths=(4096, 8192, 16384, 32768), protocol="non_overlapping")
+    divided = size in ("7b", "1b")  # below, a device holds a whole model
+    if divided:
+        config.mesh.update(data=1, tensor=-1)
+    if scale:
+        config.train.update(batch_size=POD, logits_chunk=512 * POD)  # 512 tokens a chip, where each has a window
+        if divided:
+            config.mesh.update(fsdp=-1, tensor=1)
+    if scale == "32k":
+        config.position.max_positions = 32768
+        config.train.update(length=32768, batch_size=POD // 8)
+        if divided:
+            config.mesh.tensor = 8
+    if size in ("10m", "small"):  # for CPUs too
+        config.model.dtype = "float32"
+    if size == "small":
+        config.position.max_positions = 2048
+        config.train.update(steps=500, length=256, batch_size=8, logits_chunk=256)
+        config.checkpoint.every = config.eval.every = 250
+        config.eval.update(windows=32, sequences=20)
+        config.compare.lengths = (256, 512, 1024, 2048)
     if method:
         config.compare.label = LABELS.get(method, method)
     else:

@@ -22,6 +22,11 @@ methods below one after another, then the figures. Expected perplexity, attentio
     alibi           19.69    18.71    18.41      18.66    17.86    17.88
     wavelet_ricker  19.19    18.23    17.99      18.26    17.14    17.44
 
+The table's other half is `non_overlapping`, by eval.py over the runs that are there:
+
+    python eval.py --workdir=DIR/nope --workdir=DIR/wavelet_ricker --lengths=128,256,512,1012,1512,2512 \
+        --protocol=non_overlapping --out=OUT
+
 `small_` before any of these is the same code at the size of a laptop: 4 layers of width 128, 4 heads of 32, WikiText-2,
 L_train 128 in place of 512 and 256 in place of 1,024. `small` trains the six methods and draws the figures,
 in about an hour on one core (docs/paper.md has what came out):
@@ -30,7 +35,8 @@ in about an hour on one core (docs/paper.md has what came out):
     python train.py --config=configs/paper/table1.py:small --workdir=runs/table1_small
 
 What differs from the paper: it trained in float16 with loss scaling, here activations are bfloat16 (float32 when small)
-and parameters float32; fairseq draws q, k and v with half of Xavier's variance, here all linear layers have all of it.
+and parameters float32; fairseq draws q, k and v with half of Xavier's variance and the feed-forward layers as PyTorch
+does, here all linear layers have Xavier's. What is scored is the validation split.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +58,7 @@ ROWS = {
     **MAIN,
     "wavelet_gaussian": {"method": "wavelet", "mother": "gaussian"},
     "wavelet_morlet": {"method": "wavelet", "mother": "morlet"},
-    # Footnote 8's mirrored Haar with t = n - m is the textbook's with t = m - n.
+    # Eq. (15)'s Haar is the textbook's mirrored, for t = n - m (footnote 8).
     "wavelet_haar": {"method": "wavelet", "mother": "haar_standard"},
     "wavelet_haar_fixed_scale": {"method": "wavelet", "mother": "haar_standard"},  # see get_config
 }

@@ -36,7 +36,8 @@ def check(config) -> None:
         raise unknown("config.data.document", config.data.document, DOCUMENTS)
     if config.data.validation_text_field and not (config.data.source == "jsonl" and config.data.validation_files):
         raise UserError(
-            "config.data.validation_text_field goes with JSON lines in config.data.validation_files: leave it empty"
+            f"config.data.validation_text_field is {config.data.validation_text_field!r}, which goes with JSON lines "
+            "in config.data.validation_files: name files there, or leave it empty"
         )
 
 
