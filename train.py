@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
         first = int(state.step)
         if first > config.train.steps:
             raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")
-        profile.check(first)
+        profile.skip_before(first)
         manager = stack.enter_context(checkpoint.open_manager(workdir, config))
         log = stack.enter_context(contextlib.closing(runs.MetricsLog(workdir, first)))
         guard = stack.enter_context(guards.Guard(config, workdir, log))
@@ -158,10 +158,12 @@ def main() -> None:
     config = CONFIG.value
     variants = cli.variants(config, "config")
     for each in (config, *variants.values()):
-        _check_counts(each)
+        runs.check_numbers(each)
         check_packing(each)  # tokenising may take long
     plan.check_flags()
     if plan.COMPILE_ONLY.value:
+        if PROFILE_STEPS.value is not None:
+            raise UserError("--profile_steps traces a run, which --compile_only does not make")
         plan.main(list(variants.values()) or [config])
         return
     workdir = Path(WORKDIR.value or Path("runs") / cli.config_file("config").stem)
@@ -180,29 +182,6 @@ def _validate(config: ConfigDict, eval_step, params, validation: Windows, mesh) 
     batches = (sharding.load_batch(validation.batch, start, shape, mesh) for start in range(0, count, size))
     losses = [np.asarray(eval_step(params, batch)) for batch in batches]
     return float(np.concatenate(losses)[:count].mean(dtype=np.float64))
-
-
-def _check_counts(config: ConfigDict) -> None:
-    runs.check_least(
-        {
-            "train.steps": (config.train.steps, 1),
-            "train.batch_size": (config.train.batch_size, 1),
-            "train.accumulation": (config.train.accumulation, 1),
-            "train.logits_chunk": (config.train.logits_chunk, 0),
-            "train.skip_nonfinite": (config.train.skip_nonfinite, 0),
-            "data.threads": (config.data.threads, 1),
-            "data.prefetch": (config.data.prefetch, 0),
-            "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
-            "optimizer.warmup_start": (config.optimizer.warmup_start, 0),
-            "log.every": (config.log.every, 1),
-            "log.slow_update": (config.log.slow_update, 0),
-            "log.slow_seconds": (config.log.slow_seconds, 0),
-            "checkpoint.every": (config.checkpoint.every, 1),
-            "checkpoint.keep": (config.checkpoint.keep, 1),
-            "eval.every": (config.eval.every, 0),
-            "eval.windows": (config.eval.windows, 1),
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from flax import nnx
 
 from configs import default
 from wavelet_jax import positions, runs, training
+from wavelet_jax.errors import UserError
 from wavelet_jax.model import Decoder
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -125,3 +126,32 @@ def test_importing_the_package_is_light():
 
 def test_jax_is_asked_for_no_float64():
     assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("train.length", 0, "train.length must be at least 1, not 0"),
+        ("optimizer.warmup_steps", -1, "optimizer.warmup_steps must be at least 0, not -1"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be at least 0, not nan"),
+        ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate must be at least 0 and finite, not inf"),
+        ("optimizer.weight_decay", -0.1, "optimizer.weight_decay must be at least 0, not -0.1"),
+        ("optimizer.b2", 1.0, "optimizer.b2 must be at least 0 and below 1, not 1.0"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(key, value, said):
+    config = default.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        runs.check_numbers(config)
+
+
+def test_a_run_goes_on_with_what_fewer_devices_need_and_nothing_else(tmp_path):
+    config = default.get_config()
+    runs.save_config(tmp_path, config)
+    config.update_from_flattened_dict({"mesh.fsdp": 4, "model.remat": "block", "train.accumulation": 2})
+    config.update_from_flattened_dict({"train.logits_chunk": 64, "model.attention_backend": "tiled"})
+    runs.check_config(tmp_path, config)
+    config.train.batch_size *= 2
+    with pytest.raises(UserError, match=r"another config: train\.batch_size"):
+        runs.check_config(tmp_path, config)

@@ -189,6 +189,12 @@ def test_every_variant_of_the_paper_s_config_builds_its_shapes(method, suffix, l
     assert abstract_state.params["head"]["kernel"].shape == (4096, 32000)
 
 
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:16x16x3", "v5e:", "v6e:2x2x1", "16x16", "v5p:4x4x4 "])
+def test_names_that_no_slice_has(name):
+    with pytest.raises(UserError, match=f"--topology={name} is no slice .*there are v5e:16x16, v5p:4x4x4"):
+        devices.topology(name)
+
+
 def test_without_libtpu_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"libtpu: pip install 'wavelet-jax\[tpu\]'"):

@@ -5,6 +5,7 @@ import contextvars
 import functools
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -94,6 +95,13 @@ def topology(name: str) -> list[jax.Device]:
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
     """
+
+    def no_slice(reason: str) -> UserError:
+        return UserError(f"--topology={name} is no slice ({reason}): there are v5e:16x16, v5p:4x4x4")
+
+    # libtpu takes an empty name for another device, and a third dimension where chips lie in a plane.
+    if not re.fullmatch(r"v[56]e:\d+x\d+|(?!v[56]e)\w+:\d+(x\d+)*", name):
+        raise no_slice("not a generation and its chips, v5e and v6e in two dimensions")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--topology needs the TPU's compiler, libtpu: pip install 'wavelet-jax[tpu]'")
     for variable, value in _NO_TPU.items():
@@ -106,8 +114,7 @@ def topology(name: str) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--topology={name} is no slice ({reason}): there are v5e:16x16, v5p:4x4x4") from error
+        raise no_slice(" ".join(str(error).split())) from error
 
 
 def limit(device: jax.Device) -> int | None:

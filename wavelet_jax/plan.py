@@ -71,8 +71,10 @@ def main(configs: Sequence[ConfigDict]) -> None:
     """Prints the plan of each config."""
     if not 0 < UTILISATION.value <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, not {UTILISATION.value}")
-    targets = devices.topology(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
-    title = TOPOLOGY.value or "the devices at hand"
+    if TOPOLOGY.value is None:
+        targets, title = jax.devices(), "the devices at hand"
+    else:
+        targets, title = devices.topology(TOPOLOGY.value), TOPOLOGY.value
     with devices.compiled_for(targets):
         for config in configs:
             vocab_size = vocabulary(config) if VOCAB_SIZE.value is None else VOCAB_SIZE.value
@@ -174,7 +176,7 @@ def changes(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
         yield {"train.logits_chunk": chunk}
     if mesh.shape["data"] > 1:
         yield {"mesh.data": 1, "mesh.fsdp": batch_devices}
-    if config.model.remat == "none":
+    if config.model.remat != "block":
         yield {"model.remat": "block"}
     accumulation = 2 * config.train.accumulation
     while config.train.batch_size % (accumulation * batch_devices) == 0:

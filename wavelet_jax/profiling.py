@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from wavelet_jax.errors import UserError
 
@@ -30,17 +31,23 @@ class Profile:
       steps: "START:STOP", the first and the last update to trace; None for no trace.
 
     Raises:
-      UserError: steps that are no such thing, or that the run does not come to.
+      UserError: steps that are no such thing, or that no run of `last` updates comes to.
     """
 
     def __init__(self, folder: Path, steps: str | None, last: int):
         self._folder, self._running = folder, False
         self._steps = _parse(steps, last) if steps is not None else None
 
-    def check(self, first: int) -> None:
-        """Raises `UserError` where a run that has made `first` updates is past the start of the trace."""
+    def skip_before(self, first: int) -> None:
+        """For a run that has made `first` updates: without a trace, which is said, where it is past its start.
+
+        The command that a scheduler gives once more is the one that began the trace.
+        """
         if self._steps and self._steps[0] <= first:
-            raise UserError(f"--profile_steps starts at update {self._steps[0]}, and this run goes on after {first}")
+            start, self._steps = self._steps[0], None
+            logging.warning(
+                "no trace: --profile_steps starts at update %d, and this run goes on after %d", start, first
+            )
 
     def before(self, step: int) -> None:
         """Before the input of an update is read."""

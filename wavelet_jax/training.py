@@ -205,7 +205,7 @@ def make_train_step(
     The mesh says how activations are divided; without one, and with several devices, the compiler sees to it.
 
     Where the loss or the norm of the gradient is not finite, parameters and optimizer come out as they went in, bit for
-    bit, and the update is counted as skipped: a state is never a poisoned one. Whether to go on is for `guards.Guard`.
+    bit, and the update is counted as skipped. Whether to go on is for `guards.Guard`.
     """
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     accumulation = config.train.accumulation
