@@ -33,6 +33,51 @@ def test_the_environment_counts_processes(environment, expected):
     assert processes.count(environment) == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "shared"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "3"}, False),  # --gpus-per-task=1
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+    ],
+)
+def test_whose_gpus_a_process_sees(environment, shared):
+    assert processes.shares_gpus(environment) == shared
+
+
+UNDER_SLURM = """
+import os
+import jax
+from wavelet_jax import processes
+
+for os.environ["SLURM_STEP_NUM_TASKS"] in ("1", "8"):
+    processes.start(None, None, None, True)
+    print(jax.config._read("jax_cuda_visible_devices"))
+    jax.distributed.shutdown()
+"""
+
+
+def test_a_task_takes_the_gpus_of_its_node_or_one_of_them():
+    """JAX joins SLURM's step of one task; we are told that it is the one of its node, then one of eight."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "1"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(free_port())}
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | slurm
+    code = [sys.executable, "-c", UNDER_SLURM]
+    out = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split() == ["all", "0"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
@@ -70,9 +115,7 @@ def test_a_batch_is_read_by_window_number(shape, leading):
 
 def together(num_processes: int, devices: int, script: str, *arguments: object) -> list[str]:
     """Runs a command as several processes of some devices each; returns what each wrote on stderr."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     running = []
     for i in range(num_processes):

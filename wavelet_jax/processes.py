@@ -21,16 +21,30 @@ def count(environment: Mapping[str, str]) -> int:
     pod: there --distributed is given.
     """
 
-    def number(name: str) -> int:
-        return int(environment[name]) if environment.get(name, "").isdecimal() else 1
-
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    tpu_hosts = len(hosts) * number("MEGASCALE_NUM_SLICES")
-    return max(tpu_hosts, number("SLURM_STEP_NUM_TASKS"), number("OMPI_COMM_WORLD_SIZE"))
+    tpu_hosts = len(hosts) * _number(environment, "MEGASCALE_NUM_SLICES")
+    return max(tpu_hosts, _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "OMPI_COMM_WORLD_SIZE"))
+
+
+def shares_gpus(environment: Mapping[str, str]) -> bool:
+    """Whether the process of this environment sees GPUs of others too: several run on a node, and it sees several.
+
+    SLURM tells each task how many there are, and on how many nodes: they all decide alike.
+    """
+    tasks, nodes = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_STEP_NUM_NODES")
+    beside_others = tasks > nodes or _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") > 1
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return beside_others and (visible is None or "," in visible)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    return int(environment[name]) if environment.get(name, "").isdecimal() else 1
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool | None) -> None:
     """Joins the other processes, if there are any.
+
+    Of the GPUs that it sees a process takes all, or, where others see them too, the one of its number on the node.
 
     Args:
       coordinator, num_processes, process_id: HOST:PORT of process 0, how many there are and which this is; or all None.
@@ -58,6 +72,9 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id must be 0 to {num_processes - 1}, one each, not {process_id}")
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    # JAX alone would take one GPU a process wherever SLURM or Open MPI count them; an empty list takes all.
+    if not shares_gpus(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        arguments["local_device_ids"] = []
     try:
         jax.distributed.initialize(**arguments)
     except (ValueError, RuntimeError) as error:
