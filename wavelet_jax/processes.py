@@ -4,12 +4,15 @@ Every process of a run does the same, on the devices of all of them together; pr
 what is written once. Call `start` before anything asks JAX for its devices.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from wavelet_jax.errors import UserError
 
@@ -88,6 +91,32 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 def is_first() -> bool:
     """Whether this process is the one that prints, logs and writes."""
     return jax.process_index() == 0
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises `UserError`, in every process, where what JSON has of these values is not the same in all; names which."""
+    if jax.process_count() == 1:
+        return
+    everyones = [json.loads(said) for said in _gather(json.dumps(values))]
+    differing = {}  # {name: the value in process 0, in another, and which that is}
+    for number, theirs in enumerate(everyones):
+        for name in theirs.keys() | everyones[0].keys():
+            ours, other = everyones[0].get(name, "absent"), theirs.get(name, "absent")
+            if other != ours:
+                differing.setdefault(name, f"{name} ({ours} in process 0, {other} in process {number})")
+    if differing:
+        raise UserError(
+            f"the processes of this run differ: {', '.join(differing[name] for name in sorted(differing))}; "
+            "start all with the same arguments, and give them the same text"
+        )
+
+
+def _gather(text: str) -> list[str]:
+    """What each process has said, by their numbers, in all of them."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))  # one shape for all
+    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
 
 
 def end(code: int) -> NoReturn:

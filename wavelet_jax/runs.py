@@ -54,6 +54,16 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
         )
 
 
+def check_processes(config: ConfigDict, fingerprint: str) -> None:
+    """Raises `UserError`, in every process, where those of this run differ in the config or in the corpus.
+
+    How a host comes by the corpus is its own.
+    """
+    own = tuple(key for key in FREE_KEYS if key.startswith("data."))
+    shared = {key: value for key, value in flatten(config).items() if not key.startswith(own)}
+    processes.check_same({**shared, "the corpus": fingerprint[:12]})
+
+
 def save_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run of this config; `check_config` comes first."""
     workdir.mkdir(parents=True, exist_ok=True)
