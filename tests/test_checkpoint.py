@@ -320,6 +320,13 @@ def test_a_second_trainer_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("use", [runs.check_folder, runs.load_config])  # of --workdir and --out; of runs to evaluate
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket"])
+def test_an_address_is_no_folder(use, address):
+    with pytest.raises(UserError, match=f"^{address} is an address: mount it and give the folder$"):
+        use(Path(address))
+
+
 # -- guards -----------------------------------------------------------------------------------------------------------
 
 

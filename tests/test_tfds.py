@@ -182,6 +182,7 @@ def test_command_of_the_error_prepares_the_data_set(load, tmp_path):
         ("tfds:tongues", {}, ["comes in configurations, and de, en are prepared", "'tfds:tongues/de'"]),
         ("tfds:tongues/fr", {}, ["tfds:tongues/fr is not prepared", "tfds.builder('tongues/fr'"]),
         ("tfds:shelf", {"tfds_dir": ""}, ["config.data.tfds_dir is empty"]),
+        ("tfds:shelf", {"tfds_dir": "gs://bucket/tfds"}, ["gs://bucket/tfds is an address: mount it"]),
         ("tfds:shelf", {"train_files": "a.txt"}, ["which reads no other files", "config.data.train_files"]),
         ("tfds:shelf", {"text_field": "text"}, ["unknown config.data.text_field 'text': did you mean 'book_text'?"]),
         ("tfds:shelf", {"text_field": "label"}, ["feature 'label' is", "not text: set config.data.text_field"]),

@@ -17,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from wavelet_jax import processes
-from wavelet_jax.errors import UserError
+from wavelet_jax.errors import UserError, check_local
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
@@ -90,6 +90,7 @@ def written_together(out: Path) -> Iterator[Path]:
 
 def check_folder(folder: Path) -> None:
     """Raises `UserError` where a folder neither is there nor can be made, or cannot be written."""
+    check_local(folder)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "is no folder" if not existing.is_dir() else "cannot be written"
@@ -105,6 +106,7 @@ def check_least(values: dict[str, tuple[int, int]]) -> None:
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was made with. Raises `UserError` where there is no run."""
+    check_local(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json): train one with train.py --workdir={workdir}")

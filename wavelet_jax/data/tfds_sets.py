@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.errors import UserError, check_local, unknown
 
 PREFIX = "tfds:"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -145,6 +145,7 @@ def _folder(config) -> Path:
 
 
 def _root(config) -> Path:
+    check_local(config.data.tfds_dir)
     return Path(os.path.expanduser(config.data.tfds_dir)).absolute()
 
 
