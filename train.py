@@ -200,6 +200,7 @@ def _check_counts(config: ConfigDict) -> None:
             "log.slow_seconds": (config.log.slow_seconds, 0),
             "checkpoint.every": (config.checkpoint.every, 1),
             "checkpoint.keep": (config.checkpoint.keep, 1),
+            "checkpoint.timeout": (config.checkpoint.timeout, 1),
             "eval.every": (config.eval.every, 0),
             "eval.windows": (config.eval.windows, 1),
         }
