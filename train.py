@@ -55,6 +55,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
     runs.check_config(workdir, config)
     profile = profiling.Profile(workdir / "profile", profile_steps, config.train.steps)
     corpus = load_corpus(config)
+    runs.check_processes(config, corpus.fingerprint)
     windows = train_windows(config, corpus)
     validation = Windows(corpus.validation, config.train.length, seed=0)  # the same ones for every run, never packed
     graphdef, state, abstract_state = training.init(config, corpus.tokenizer.vocab_size, mesh)

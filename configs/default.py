@@ -119,6 +119,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 500  # updates; the last is always saved
     checkpoint.keep = 2  # newest checkpoints
+    checkpoint.timeout = 600  # seconds until a save is given up, such as one that failed in another process
     config.eval = evaluation = ConfigDict()
     evaluation.every = 500  # updates between validations during training; 0: none
     evaluation.windows = 128  # validation windows of train.length in each

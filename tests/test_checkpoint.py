@@ -320,6 +320,13 @@ def test_a_second_trainer_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("use", [runs.check_folder, runs.load_config])  # of --workdir and --out; of runs to evaluate
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket"])
+def test_an_address_is_no_folder(use, address):
+    with pytest.raises(UserError, match=f"^{address} is an address: mount it and give the folder$"):
+        use(Path(address))
+
+
 # -- guards -----------------------------------------------------------------------------------------------------------
 
 
@@ -430,8 +437,8 @@ def test_a_slow_update_is_told_once(warned):
 
 # -- several processes ------------------------------------------------------------------------------------------------
 
-TWO_PROCESSES = """
-import os, pathlib, signal, sys, time
+ONE_OF_TWO = """
+import os, pathlib, resource, signal, sys, time
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from absl import logging
@@ -449,7 +456,9 @@ def placed(state):
         spec = PartitionSpec("data") if leaf.ndim else PartitionSpec()
         return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), np.asarray(leaf).__getitem__)
     return jax.tree.map(place, state)
+"""
 
+AGREEING = """
 def shards_are(state, step):
     for leaf, whole in zip(jax.tree.leaves(state), jax.tree.leaves(make_state(step)), strict=True):
         for shard in leaf.addressable_shards:
@@ -484,16 +493,15 @@ with stopping.listen() as stop:
 """
 
 
-@pytest.mark.slow
-def test_two_processes_agree_on_what_to_load_and_when_to_stop(tmp_path):
-    """Only one of them gets the signal, and only one reads the checksums."""
+def in_two_processes(script: str, workdir: Path, code: int) -> list[tuple[str, str]]:
+    """What the two processes say, on stdout and stderr, that run this after `ONE_OF_TWO` and end with this code."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(port), str(number), str(tmp_path)],
+            [sys.executable, "-c", ONE_OF_TWO + script, str(port), str(number), str(workdir)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -503,9 +511,42 @@ def test_two_processes_agree_on_what_to_load_and_when_to_stop(tmp_path):
         for number in (0, 1)
     ]
     said = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], said
+    assert [process.returncode for process in processes] == [code, code], said
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_to_load_and_when_to_stop(tmp_path):
+    """Only one of them gets the signal, and only one reads the checksums."""
+    said = in_two_processes(AGREEING, tmp_path, code=143)
     steps = {int(out.split()[-1]) for out, _ in said}  # Gloo has said something before
     assert len(steps) == 1
     assert 7 <= steps.pop() <= 9
     assert "ocdbt.process_1/d/" in said[0][1]
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["20", "damaged-40"]
+
+
+FAILING_IN_ONE = """
+config = smoke.get_config()
+config.checkpoint.timeout, checkpoint._PATIENCE = 5, 1.0
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with checkpoint.open_manager(workdir, config) as manager:
+    for step in (1, 2, 3):
+        if mine == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if step == 2 else soft, hard))
+        checkpoint.save(manager, placed(make_state(step)), windows=8 * step, fingerprint=FINGERPRINT)
+        try:
+            checkpoint.wait(manager, step)
+        except UserError as error:
+            print(error, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_is_given_up_by_all(tmp_path):
+    """The one that could write waits for the other, says so, and gives up after checkpoint.timeout; both go on."""
+    (_, first), (_, second) = in_two_processes(FAILING_IN_ONE, tmp_path, code=0)
+    assert "the run has waited for the checkpoint of update 2 for 1 s: a slow disk, or a process that failed" in first
+    assert "update 2 could not be written (not done within checkpoint.timeout: the disk is slow, or another" in first
+    assert "update 2 could not be written (Failed to write" in second
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]

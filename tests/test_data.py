@@ -855,6 +855,7 @@ FILES = {
         ({"tokenizer": "sentencepiece", "tokenizer_file": "good.txt"}, ["good.txt is no SentencePiece model"]),
         ({"tokenizer": "sentencepiece", "tokenizer_file": "empty"}, ["empty is no SentencePiece model: it is empty"]),
         ({"cache_dir": ""}, ["config.data.cache_dir is empty"]),
+        ({"cache_dir": "gs://bucket/cache"}, ["gs://bucket/cache is an address: mount it and give the folder"]),
         ({"cache_dir": "good.txt"}, ["cannot write the token cache", "config.data.cache_dir"]),
         ({"validation_fraction": 0.0}, ["config.data.validation_fraction is 0.0", "config.data.validation_files"]),
         ({"validation_fraction": 1.0}, ["config.data.validation_fraction is 1.0"]),

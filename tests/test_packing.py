@@ -190,11 +190,11 @@ from test_packing import one_layer, packed_batch
 from wavelet_jax import sharding, training
 
 config = one_layer(smoke.get_config)
-config.mesh.update(data=-1, fsdp=int(sys.argv[1]))
+config.mesh.update(data=-1, fsdp=int(sys.argv[1]), context=int(sys.argv[2]))
 config.train.update(batch_size=16, accumulation=2)
 mesh = sharding.make_mesh(config)
 graphdef, state, _ = training.init(config, 257, mesh)
-train_step = jax.jit(training.make_train_step(config, graphdef))
+train_step = jax.jit(training.make_train_step(config, graphdef, mesh))
 windows = packed_batch(config, [2] * 200 + [300] * 3, 16).reshape(training.batch_shape(config))
 for _ in range(5):
     state, metrics = train_step(state, jax.device_put(windows, sharding.batch_sharding(mesh, leading=1)))
@@ -206,15 +206,16 @@ for _ in range(5):
 def test_packed_update_on_eight_devices():
     """Devices differ in how many of their targets count; sums over them are taken in another order, which rounds."""
 
-    def losses(devices: int, fsdp: int) -> list[float]:
+    def losses(devices: int, fsdp: int, context: int) -> list[float]:
         environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", DEVICES, str(fsdp)]
+        command = [sys.executable, "-c", DEVICES, str(fsdp), str(context)]
         out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert out.returncode == 0, out.stderr
         return [json.loads(line) for line in out.stdout.splitlines()]
 
-    one = losses(1, 1)
-    np.testing.assert_allclose(losses(8, 2), one, rtol=2e-5)  # as in test_sharding.py
+    one = losses(1, 1, 1)
+    for fsdp, context in ((2, 1), (2, 2)):
+        np.testing.assert_allclose(losses(8, fsdp, context), one, rtol=2e-5)  # as in test_sharding.py
     assert one[-1] < one[0]
 
 

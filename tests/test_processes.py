@@ -1,6 +1,7 @@
 """Several processes on one machine as one run: the same data, losses and files as one process makes."""
 
 import csv
+import json
 import os
 import socket
 import subprocess
@@ -33,6 +34,51 @@ def test_the_environment_counts_processes(environment, expected):
     assert processes.count(environment) == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "shared"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "3"}, False),  # --gpus-per-task=1
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+    ],
+)
+def test_whose_gpus_a_process_sees(environment, shared):
+    assert processes.shares_gpus(environment) == shared
+
+
+UNDER_SLURM = """
+import os
+import jax
+from wavelet_jax import processes
+
+for os.environ["SLURM_STEP_NUM_TASKS"] in ("1", "8"):
+    processes.start(None, None, None, True)
+    print(jax.config._read("jax_cuda_visible_devices"))
+    jax.distributed.shutdown()
+"""
+
+
+def test_a_task_takes_the_gpus_of_its_node_or_one_of_them():
+    """JAX joins SLURM's step of one task; we are told that it is the one of its node, then one of eight."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "1"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(free_port())}
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | slurm
+    code = [sys.executable, "-c", UNDER_SLURM]
+    out = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split() == ["all", "0"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
@@ -60,6 +106,21 @@ def test_one_process_starts_alone():
     assert processes.is_first()
 
 
+def test_what_differs_between_processes_is_named(monkeypatch):
+    processes.check_same({"train.length": 64})  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    others = [{"a": [1, 2], "b": 1}, {"a": [1, 3], "b": 1}]
+    monkeypatch.setattr(processes, "_gather", lambda said: [said, *map(json.dumps, others)])
+    processes_differ = r"differ: a \(\[1, 2\] in process 0, \[1, 3\] in process 2\); start all"
+    with pytest.raises(UserError, match=processes_differ):
+        processes.check_same({"a": (1, 2), "b": 1})
+    others[1] = {"a": [1, 2]}
+    with pytest.raises(UserError, match=r"differ: b \(1 in process 0, absent in process 2\)"):
+        processes.check_same({"a": (1, 2), "b": 1})
+    others[1]["b"] = 1
+    processes.check_same({"a": (1, 2), "b": 1})
+
+
 @pytest.mark.parametrize(("shape", "leading"), [((6, 9), 0), ((3, 2, 9), 1)])
 def test_a_batch_is_read_by_window_number(shape, leading):
     windows = Windows(np.arange(4000), 8, seed=1)
@@ -68,16 +129,20 @@ def test_a_batch_is_read_by_window_number(shape, leading):
     np.testing.assert_array_equal(np.asarray(batch).reshape(6, 9), windows.batch(40, 6))
 
 
-def together(num_processes: int, devices: int, script: str, *arguments: object) -> list[str]:
-    """Runs a command as several processes of some devices each; returns what each wrote on stderr."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+def together(
+    num_processes: int, devices: int, script: str, *arguments: object, last: tuple[object, ...] = (), code: int = 0
+) -> list[str]:
+    """Runs a command as several processes of some devices each; returns what each wrote on stderr.
+
+    The last one has more arguments; all end with this exit code.
+    """
+    port = free_port()
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     running = []
     for i in range(num_processes):
         flags = [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}", f"--process_id={i}"]
-        each = command(script, *arguments, *(flags if num_processes > 1 else []))
+        more = last if i == num_processes - 1 else ()
+        each = command(script, *arguments, *more, *(flags if num_processes > 1 else []))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(each, env=environment, cwd=ROOT, **pipes))
     try:
@@ -85,7 +150,7 @@ def together(num_processes: int, devices: int, script: str, *arguments: object) 
     finally:
         for process in running:
             process.kill()
-    assert all(process.returncode == 0 for process in running), [err for _, err in ended]
+    assert all(process.returncode == code for process in running), [err for _, err in ended]
     said = [line for out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
     assert said == []
     return [err for _, err in ended]
@@ -97,16 +162,34 @@ def losses(workdir) -> np.ndarray:
     return np.array([line["loss"] for line in metrics])
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_run(text_files, tmp_path):
-    """Sums over devices are taken in another order: rounding, grown a little by each of 20 Adam updates."""
-    flags = [
+def flags_of(text_files, tmp_path) -> list[str]:
+    return [
         f"--config={ROOT}/configs/smoke.py:wavelet",
         "--config.data.source=text",
         f"--config.data.train_files={text_files}/*.txt",
         "--config.data.validation_fraction=0.2",
         f"--config.data.cache_dir={tmp_path}/cache",
         "--config.log.every=1",
+    ]
+
+
+@pytest.mark.slow
+def test_processes_that_differ_do_not_train(text_files, tmp_path):
+    """In the config and in the text; where each keeps its cache is its own."""
+    flags = [*flags_of(text_files, tmp_path), f"--workdir={tmp_path}/run"]
+    last = ("--config.optimizer.learning_rate=0.5", f"--config.data.train_files={text_files}/[0-4]*.txt")
+    last += (f"--config.data.cache_dir={tmp_path}/own",)
+    for said in together(2, 1, "train.py", *flags, last=last, code=2):
+        line = next(line for line in said.splitlines() if line.startswith("error: "))
+        assert "run differ: optimizer.learning_rate (0.002 in process 0, 0.5 in process 1), the corpus (" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(text_files, tmp_path):
+    """Sums over devices are taken in another order: rounding, grown a little by each of 20 Adam updates."""
+    flags = [
+        *flags_of(text_files, tmp_path),
         "--config.mesh.fsdp=2",
         "--config.optimizer.decay_steps=20",
         "--config.train.accumulation=2",

@@ -174,15 +174,15 @@ def test_command_of_the_error_prepares_the_data_set(load, tmp_path):
         ("tfds:", {}, ["'tfds:' is no name of a TFDS data set", "tfds:wiki40b/en"]),
         ("tfds:a/b/c", {}, ["is no name of a TFDS data set"]),
         ("tfd:pg19", {}, ["unknown config.data.source 'tfd:pg19'", "allowed are python, text, jsonl, tfds:NAME"]),
-        (
-            "tfds:pg19",
-            {},
-            ["tfds:pg19 is not prepared", "tfds.builder('pg19', data_dir='", "file_format='array_record'"],
+        *(
+            (f"tfds:{name}", {}, [f"tfds:{name} is not prepared", f"tfds.builder('{name}', data_dir='", "array_record"])
+            for name in ("pg19", "wiki40b/en", "lm1b")
         ),
         ("tfds:shelf:2.0.0", {}, ["tfds:shelf:2.0.0 is not prepared", "tfds.builder('shelf:2.0.0'"]),
         ("tfds:tongues", {}, ["comes in configurations, and de, en are prepared", "'tfds:tongues/de'"]),
         ("tfds:tongues/fr", {}, ["tfds:tongues/fr is not prepared", "tfds.builder('tongues/fr'"]),
         ("tfds:shelf", {"tfds_dir": ""}, ["config.data.tfds_dir is empty"]),
+        ("tfds:shelf", {"tfds_dir": "gs://bucket/tfds"}, ["gs://bucket/tfds is an address: mount it"]),
         ("tfds:shelf", {"train_files": "a.txt"}, ["which reads no other files", "config.data.train_files"]),
         ("tfds:shelf", {"text_field": "text"}, ["unknown config.data.text_field 'text': did you mean 'book_text'?"]),
         ("tfds:shelf", {"text_field": "label"}, ["feature 'label' is", "not text: set config.data.text_field"]),

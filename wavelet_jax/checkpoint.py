@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from wavelet_jax.training import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder that a save has not committed yet
 _DAMAGED = "damaged-"
+_PATIENCE = 30.0  # seconds that the run waits for a save before it says so
 
 
 @contextlib.contextmanager
@@ -44,7 +46,7 @@ def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointMa
     options = ocp.CheckpointManagerOptions(
         max_to_keep=config.checkpoint.keep,
         lightweight_initialize=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=add_checksums),
+        async_options=ocp.AsyncOptions(config.checkpoint.timeout, post_finalization_callback=add_checksums),
     )
     _one_line_a_failure()
     with ocp.CheckpointManager(folder, options=options) as manager:
@@ -73,7 +75,8 @@ def save(manager: ocp.CheckpointManager, state: State, *, windows: int, fingerpr
     step = int(state.step)
     failures = [_settle(manager)]
     try:
-        manager.save(step, args=args)
+        with _told_if_long(step):
+            manager.save(step, args=args)
     except Exception as error:
         failures.append(_failed(manager, step, error))
     for failure in filter(None, failures):
@@ -203,10 +206,24 @@ def _settle(manager: ocp.CheckpointManager) -> str | None:
     """Waits for the save in the background; what failed, or None."""
     step = manager.latest_step()  # counts the one under way
     try:
-        manager.wait_until_finished()
+        with _told_if_long(step):
+            manager.wait_until_finished()
         return None
     except Exception as error:
         return _failed(manager, step, error)
+
+
+@contextlib.contextmanager
+def _told_if_long(step: int | None) -> Iterator[None]:
+    """Warns when what is inside, which waits for the save of this update, takes `_PATIENCE`: the whole run waits."""
+    message = "the run has waited for the checkpoint of update %s for %g s: a slow disk, or a process that failed"
+    timer = threading.Timer(_PATIENCE, logging.warning, (message, step, _PATIENCE))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
@@ -218,9 +235,17 @@ def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
     manager.reload()  # it counts the failed one as saved, and those that were to go for it as gone
     kept = max(_steps(folder), default=None)
     newest = "there is none before it" if kept is None else f"the newest is that of update {kept}"
-    # TensorStore names the array, the database and the file before it comes to the point.
-    reason = " ".join(str(error).split()).rsplit('": ', 1)[-1][:200] or type(error).__name__
+    while _timed_out(error) and error.__context__:  # a process that has failed waits for the others all the same
+        error = error.__context__
+    if _timed_out(error):
+        reason = "not done within checkpoint.timeout: the disk is slow, or another process failed or is slow"
+    else:  # TensorStore names the array, the database and the file before it comes to the point
+        reason = " ".join(str(error).split()).rsplit('": ', 1)[-1][:200] or type(error).__name__
     return f"the checkpoint of update {step} could not be written ({reason}); {newest}"
+
+
+def _timed_out(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
 
 
 @functools.cache

@@ -4,12 +4,15 @@ Every process of a run does the same, on the devices of all of them together; pr
 what is written once. Call `start` before anything asks JAX for its devices.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from wavelet_jax.errors import UserError
 
@@ -21,16 +24,30 @@ def count(environment: Mapping[str, str]) -> int:
     pod: there --distributed is given.
     """
 
-    def number(name: str) -> int:
-        return int(environment[name]) if environment.get(name, "").isdecimal() else 1
-
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    tpu_hosts = len(hosts) * number("MEGASCALE_NUM_SLICES")
-    return max(tpu_hosts, number("SLURM_STEP_NUM_TASKS"), number("OMPI_COMM_WORLD_SIZE"))
+    tpu_hosts = len(hosts) * _number(environment, "MEGASCALE_NUM_SLICES")
+    return max(tpu_hosts, _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "OMPI_COMM_WORLD_SIZE"))
+
+
+def shares_gpus(environment: Mapping[str, str]) -> bool:
+    """Whether the process of this environment sees GPUs of others too: several run on a node, and it sees several.
+
+    SLURM tells each task how many there are, and on how many nodes: they all decide alike.
+    """
+    tasks, nodes = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_STEP_NUM_NODES")
+    beside_others = tasks > nodes or _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") > 1
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return beside_others and (visible is None or "," in visible)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    return int(environment[name]) if environment.get(name, "").isdecimal() else 1
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool | None) -> None:
     """Joins the other processes, if there are any.
+
+    Of the GPUs that it sees a process takes all, or, where others see them too, the one of its number on the node.
 
     Args:
       coordinator, num_processes, process_id: HOST:PORT of process 0, how many there are and which this is; or all None.
@@ -58,6 +75,9 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id must be 0 to {num_processes - 1}, one each, not {process_id}")
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    # JAX alone would take one GPU a process wherever SLURM or Open MPI count them; an empty list takes all.
+    if not shares_gpus(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        arguments["local_device_ids"] = []
     try:
         jax.distributed.initialize(**arguments)
     except (ValueError, RuntimeError) as error:
@@ -71,6 +91,32 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 def is_first() -> bool:
     """Whether this process is the one that prints, logs and writes."""
     return jax.process_index() == 0
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises `UserError`, in every process, where what JSON has of these values is not the same in all; names which."""
+    if jax.process_count() == 1:
+        return
+    everyones = [json.loads(said) for said in _gather(json.dumps(values))]
+    differing = {}  # {name: the value in process 0, in another, and which that is}
+    for number, theirs in enumerate(everyones):
+        for name in theirs.keys() | everyones[0].keys():
+            ours, other = everyones[0].get(name, "absent"), theirs.get(name, "absent")
+            if other != ours:
+                differing.setdefault(name, f"{name} ({ours} in process 0, {other} in process {number})")
+    if differing:
+        raise UserError(
+            f"the processes of this run differ: {', '.join(differing[name] for name in sorted(differing))}; "
+            "start all with the same arguments, and give them the same text"
+        )
+
+
+def _gather(text: str) -> list[str]:
+    """What each process has said, by their numbers, in all of them."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))  # one shape for all
+    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
 
 
 def end(code: int) -> NoReturn:

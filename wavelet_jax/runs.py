@@ -17,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from wavelet_jax import processes
-from wavelet_jax.errors import UserError
+from wavelet_jax.errors import UserError, check_local
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
@@ -56,6 +56,16 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
         )
 
 
+def check_processes(config: ConfigDict, fingerprint: str) -> None:
+    """Raises `UserError`, in every process, where those of this run differ in the config or in the corpus.
+
+    How a host comes by the corpus is its own.
+    """
+    own = tuple(key for key in FREE_KEYS if key.startswith("data."))
+    shared = {key: value for key, value in flatten(config).items() if not key.startswith(own)}
+    processes.check_same({**shared, "the corpus": fingerprint[:12]})
+
+
 def save_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run of this config; `check_config` comes first."""
     workdir.mkdir(parents=True, exist_ok=True)
@@ -82,6 +92,7 @@ def written_together(out: Path) -> Iterator[Path]:
 
 def check_folder(folder: Path) -> None:
     """Raises `UserError` where a folder neither is there nor can be made, or cannot be written."""
+    check_local(folder)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "is no folder" if not existing.is_dir() else "cannot be written"
@@ -119,6 +130,7 @@ def check_numbers(config: ConfigDict) -> None:
             "log.slow_seconds": (config.log.slow_seconds, 0),
             "checkpoint.every": (config.checkpoint.every, 1),
             "checkpoint.keep": (config.checkpoint.keep, 1),
+            "checkpoint.timeout": (config.checkpoint.timeout, 1),
             "eval.every": (config.eval.every, 0),
             "eval.windows": (config.eval.windows, 1),
         }
@@ -130,6 +142,7 @@ def check_numbers(config: ConfigDict) -> None:
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config that a run was made with. Raises `UserError` where there is no run."""
+    check_local(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json): train one with train.py --workdir={workdir}")

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
-from wavelet_jax.errors import UserError
+from wavelet_jax.errors import UserError, check_local
 
 _FORMAT = 2  # raise it when other code would make other tokens of the same text
 _TMP = ".tmp-"
@@ -66,6 +66,7 @@ def load_corpus(config) -> Corpus:
     tokenizer = tokenizers.specification(config)
     if not config.data.cache_dir:
         raise UserError("config.data.cache_dir is empty: name a folder for the tokenised text")
+    check_local(config.data.cache_dir)
     cache = Path(os.path.expanduser(config.data.cache_dir)).absolute()
     with file_digests.kept(cache) as sha256:
         return _load(config, cache, tokenizer, sha256)

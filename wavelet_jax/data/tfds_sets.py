@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.errors import UserError, check_local, unknown
 
 PREFIX = "tfds:"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -145,6 +145,7 @@ def _folder(config) -> Path:
 
 
 def _root(config) -> Path:
+    check_local(config.data.tfds_dir)
     return Path(os.path.expanduser(config.data.tfds_dir)).absolute()
 
 
@@ -164,7 +165,7 @@ def _command(config) -> str:
             f"--tfds_dir='{_root(config)}'"
         )
     return (
-        'prepare it once with: python -c "import tensorflow_datasets as tfds; '
+        'prepare it once with: python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text; '
         f"tfds.builder('{name}', data_dir='{_root(config)}', file_format='array_record').download_and_prepare()\""
     )
 
@@ -172,6 +173,9 @@ def _command(config) -> str:
 def _check_known(config, name: str) -> None:
     """Raises `UserError` for a name that neither TFDS nor the folder of prepared data sets knows."""
     import tensorflow_datasets as tfds
+
+    # TFDS finds builders by importing groups of them, and none after the first that misses a requirement, such as h5py.
+    import tensorflow_datasets.text
 
     prepared = {path.parent.name for path in _versions(_root(config), "*")}
     prepared |= {path.parent.parent.name for path in _versions(_root(config), os.path.join("*", "*"))}

@@ -13,7 +13,7 @@ from absl import flags
 
 from wavelet_jax import cli
 from wavelet_jax.data.wikitext import archives
-from wavelet_jax.errors import UserError
+from wavelet_jax.errors import UserError, check_local
 
 NAME = flags.DEFINE_string("name", None, " | ".join(archives.PUBLISHED))
 TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "where to prepare it: config.data.tfds_dir of the runs")
@@ -23,6 +23,7 @@ ARCHIVE = flags.DEFINE_string("archive", None, "the zip file; left out: TFDS_DIR
 def main() -> None:
     if not NAME.value or not TFDS_DIR.value:
         raise UserError(f"--name ({' or '.join(archives.PUBLISHED)}) and --tfds_dir are needed")
+    check_local(TFDS_DIR.value)
     from wavelet_jax.data.wikitext import builder  # TFDS takes seconds to import, and bad input should not wait
 
     archive = Path(os.path.expanduser(ARCHIVE.value)) if ARCHIVE.value else None
