@@ -193,7 +193,7 @@ def obstacles(call: Call, tiles: Tiles) -> list[str]:
     if isinstance(call.offset, jax.Array):
         found.append("positions that are known while tracing")
     if call.segments:
-        found.append("no segment_ids")
+        found.append("no segment_ids or padding mask")
     if call.window is not None:
         found.append("no window")
     if terms.bias is not None:

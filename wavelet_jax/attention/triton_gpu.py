@@ -120,8 +120,6 @@ def obstacles(call: Call) -> list[str]:
         found.append(f"queries in {' or '.join(DTYPES)}")
     if call.head_dim > MAX_HEAD_DIM:
         found.append(f"a head size of at most {MAX_HEAD_DIM}")
-    if min(call.queries, call.keys) == 0:
-        found.append("at least one query and one key")
     return found or prepared.obstacles(call, _tiles(call))
 
 
