@@ -230,6 +230,18 @@ def test_float64(first_exponent):
         assert error <= 5e-6 * np.max(np.abs(wanted)), f"{name}: {error:.1e} from float64"
 
 
+@pytest.mark.parametrize("backend", ["tiled", "decode"])
+def test_64_bit_mode(backend, small_tiles):
+    """float32 in, float32 out: no constant or counter of ours takes the wider default."""
+    L = 40
+    method = positions.make("wavelet", num_heads=1, head_dim=128)
+    arrays = inputs(L, L, H=1, K=1, D=128, B=1)
+    with jax.enable_x64(True):
+        found = value_and_gradients(backend, method, {}, *arrays)
+    assert {x.dtype.name for x in found.values()} == {"float32"}
+    assert_same(found, oracle(*arrays, ricker_table(L, 0)), FLOAT32)
+
+
 @slow
 def test_bfloat16():
     """No worse than plain attention in bfloat16, each against float64 on the same bfloat16 inputs."""

@@ -141,6 +141,7 @@ def _floor_divide(x: int | jax.Array, n: int) -> int | jax.Array:
     """x // n in operations that kernels have at compile time (`//` on a traced x asks for the device's kind)."""
     if isinstance(x, int) or n == 1:
         return x // n if isinstance(x, int) else x
+    n = x.dtype.type(n)  # with jax_enable_x64 a Python integer is int64
     remainder = lax.rem(x, n)
     return lax.div(x - jnp.where(remainder < 0, remainder + n, remainder), n)
 
