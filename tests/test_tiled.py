@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import quick_jit
 
+import wavelet_jax.attention
 from wavelet_jax import positions, wavelets
 from wavelet_jax.attention import TILED_FROM, attention, factors, tiled
 from wavelet_jax.attention.tiles import Tiles
@@ -536,3 +537,14 @@ def test_auto(monkeypatch):
     assert not calls
     attention(*long, terms)
     assert calls == [(1, L, 1, 16)]
+
+
+def test_auto_says_once_what_it_took_and_why(caplog):
+    wavelet_jax.attention._say_once.cache_clear()
+    x = np.ones((1, 8, 1, 16), np.float32)
+    with caplog.at_level("INFO", logger="wavelet_jax.attention"):
+        for _ in range(2):
+            attention(x, x, x, positions.make("nope", num_heads=1, head_dim=16).terms({}))
+    [said] = caplog.messages
+    assert said.startswith("attention backend: reference (decode needs at most 16 queries over more keys; ")
+    assert said.endswith(f"; tiled needs at least {TILED_FROM} scores a head to be worth it)")

@@ -1,12 +1,12 @@
 """Attention with a position method's `Terms`: one function, one place that chooses what computes it."""
 
 import functools
+import logging
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from wavelet_jax import memory
 from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
@@ -308,7 +308,7 @@ def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    logging.info(message)
+    logging.getLogger(__name__).info(message)
 
 
 def _check_shapes(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array) -> None:
