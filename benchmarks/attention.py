@@ -5,9 +5,11 @@
     python benchmarks/attention.py --backends=triton_gpu,cudnn --dtype=bfloat16 --lengths=4096,32768 --baselines=plain
 
 Causal, one sequence; queries, keys, values and the cotangent are random. At each length all cases take turns in one
-process, every one once a round (benchmarks/measure.py): ratios are medians over rounds [quartiles]. Peak memory is that
-of a process for each case: the four arrays, and what running it adds. The command keeps freed memory from the operating
-system for all sides (wavelet_jax/cli.py): fresh pages cost more than small differences.
+process, every one once a round (benchmarks/measure.py): ratios are medians over rounds [quartiles]. Shares of FLOP/s
+and of bytes/s are those of plain attention's arithmetic, and of reading and writing each array once, in what a large
+matrix product and a large copy reach on the same device. Peak memory is that of a process for each case: the four
+arrays, and what running it adds. The command keeps freed memory from the operating system for all sides
+(wavelet_jax/cli.py): fresh pages cost more than small differences.
 """
 
 import ctypes
@@ -90,6 +92,7 @@ def _measure(length: int, name: str) -> list[dict]:
         row = {"case": case, "length": length, "pass": name, "seconds": measure.quartiles(seconds)}
         row["base"], row["over_base"] = base, measure.ratios(times, base)[case]
         row["flops_per_second"] = flops(length, backward) / float(np.median(seconds))
+        row["bytes_per_second"] = least_bytes(length, backward) / float(np.median(seconds))
         row["seconds_in_rounds"] = seconds
         if MEMORY.value and backend in BACKEND_NAMES.value:
             row["peak_bytes"] = _peak_of_a_process(case, length, name)
@@ -136,6 +139,12 @@ def _ours(backend: str, name: str):
 def flops(length: int, backward: bool) -> float:
     """Of causal attention without positions: 2 products of [L, D] and [D, L], and 5 more backward, half of each."""
     return (7 if backward else 2) * HEADS.value * length**2 * HEAD_DIM.value
+
+
+def least_bytes(length: int, backward: bool) -> int:
+    """What must go between memory and device: query, key, value, output; backward a gradient of each as well."""
+    array = length * HEADS.value * HEAD_DIM.value * jnp.dtype(DTYPE.value).itemsize
+    return (8 if backward else 4) * array
 
 
 def ceilings(dtype: str) -> dict[str, float]:
@@ -215,8 +224,9 @@ def add_exponents(rows: list[dict]) -> None:
 def table(results: dict, length: int, name: str) -> str:
     """The rows of one length and pass, as text."""
     rows = [row for row in results["rows"] if (row["length"], row["pass"]) == (length, name)]
-    ceiling = results["ceilings"]["flops_per_second"]
-    lines = [f"\n{length:,} tokens, {name}", f"{'':22}{'ms':>9}  {'over RoPE':>22}  {'of peak':>8}  {'peak MiB':>9}"]
+    peaks = results["ceilings"]
+    header = f"{'':22}{'ms':>9}  {'over RoPE':>22}  {'of FLOP/s':>9}  {'of bytes/s':>10}  {'peak MiB':>9}"
+    lines = [f"\n{length:,} tokens, {name}", header]
     for row in rows:
         if "left_out" in row:
             lines.append(f"{row['case']:22}left out: {row['left_out']}")
@@ -224,8 +234,9 @@ def table(results: dict, length: int, name: str) -> str:
         low, middle, high = row["over_base"]
         memory_ = f"{row['peak_bytes'] / 2**20:9,.0f}" if "peak_bytes" in row else ""
         ratio = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-        share = row["flops_per_second"] / ceiling
-        lines.append(f"{row['case']:22}{1e3 * row['seconds'][1]:9,.1f}  {ratio:>22}  {share:8.0%}  {memory_}")
+        arithmetic, traffic = (row[rate] / peaks[rate] for rate in ("flops_per_second", "bytes_per_second"))
+        shares = f"{arithmetic:9.0%}  {traffic:10.1%}"
+        lines.append(f"{row['case']:22}{1e3 * row['seconds'][1]:9,.1f}  {ratio:>22}  {shares}  {memory_}")
     return "\n".join(lines)
 
 

@@ -104,7 +104,7 @@ def test_grouped_query_heads(kv_heads, backend):
 
 @every_backend
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [1, 3, T, 100])
+@pytest.mark.parametrize("window", [1, np.uint8(3), T, 100])
 def test_window(window, causal, backend):
     q, k, v = qkv()
     out = against_the_loop(q, k, v, window=window, causal=causal, backend=backend)
@@ -352,12 +352,44 @@ def test_dropout_keeps_the_mean_and_drops_its_share(backend):
         (((B, T, H, D), (3, T, H, D), (3, T, H, D)), r"batch and head_dim must agree"),
         (((B, T, H, D), (B, T, 3, D), (B, T, 3, D)), r"key heads must divide query heads: .*key \(2, 8, 3, 8\)"),
         (((B, T, 2, D), (B, T, H, D), (B, T, H, D)), r"key heads must divide query heads"),
+        (((0, T, H, D), (0, T, H, D), (0, T, H, D)), r"takes at least one of batch, .*: query \(0, 8, 4, 8\)"),
+        (((B, 0, H, D), (B, T, H, D), (B, T, H, D)), r"takes at least one of .* queries.*: query \(2, 0, 4, 8\)"),
+        (((B, T, H, D), (B, 0, H, D), (B, 0, H, D)), r"takes at least one of .* keys.*key \(2, 0, 4, 8\)"),
+        (((B, T, H, D), (B, T, 0, D), (B, T, 0, D)), r"takes at least one of .* heads.*key \(2, 8, 0, 8\)"),
         (((B, 1, H, D), (B, T, H, D), (B, T, H, D)), r"1 queries and 8 keys .*give query_positions and key_positions"),
     ],
 )
 def test_shapes_refused(shapes, message):
     with pytest.raises(UserError, match=message):
         attention(*(jnp.ones(shape) for shape in shapes), NOPE)
+
+
+def untrained_terms(method) -> Terms:
+    """With parameters of 0, which compile nothing."""
+    return method.terms(
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(method.init, jax.random.key(0)))
+    )
+
+
+GRIDS = {heads: {"scales": np.ones((heads, D)), "shifts": np.zeros((heads, D))} for heads in (2, 8)}
+
+
+@every_backend
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("name", ["alibi", "wavelet", "transformer_xl"])
+def test_a_method_made_for_other_heads_is_refused(name, heads, backend):
+    """By a bias, relative keys and fixed biases. With 2 key heads some would broadcast, to wrong results."""
+    method = make(name, num_heads=heads, head_dim=D, **(GRIDS[heads] if name == "wavelet" else {}))
+    with pytest.raises(UserError, match=f"^the position method was made for num_heads={heads}, the queries have {H}$"):
+        attention(*qkv(kv_heads=2), untrained_terms(method), backend=backend)
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["wavelet", "shaw", "transformer_xl"])
+def test_a_method_made_for_another_head_size_is_refused(name, backend):
+    method = make(name, num_heads=H, head_dim=2 * D)
+    with pytest.raises(UserError, match=f"^the position method was made for head_dim={2 * D}, the queries have {D}$"):
+        attention(*qkv(), untrained_terms(method), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +403,10 @@ def test_shapes_refused(shapes, message):
         ({"dropout_rate": 0.1}, r"attention dropout needs a dropout_key"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be at least 0 and below 1, not 1.0"),
         ({"dropout_rate": -0.1}, r"dropout_rate must be at least 0"),
-        ({"window": 0}, r"window must be at least 1 .*, not 0"),
+        ({"window": 0}, r"window must be an integer of at least 1 .*, not 0"),
+        ({"window": 2.5}, r"window must be an integer .*, not 2.5"),
+        ({"window": "3"}, r"window must be an integer .*, not '3'"),
+        ({"window": True}, r"window must be an integer .*, not True"),
         ({"query_positions": np.arange(3)}, r"query_positions must be integers of shape \(8,\) or \(2, 8\), .*\(3,\)"),
         (
             {"query_positions": np.zeros((1, 1), int)},

@@ -13,10 +13,12 @@ import pytest
 from conftest import ROOT, quick_jit
 from flax import nnx
 
-from benchmarks import measure, steps
+from benchmarks import baselines, measure, steps
 from configs import quickstart
+from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
 from wavelet_jax.model import Decoder
+from wavelet_jax.positions import make
 
 
 def fake_cases(calls: list[str]) -> dict:
@@ -155,6 +157,35 @@ def test_without_x_transformers_it_is_said_what_to_install(monkeypatch):
     assert steps.x_transformers_obstacle() == "x_transformers not installed (pip install -e '.[bench]')"
 
 
+BY_COMPILER = (pytest.mark.slow, pytest.mark.filterwarnings("ignore"))  # of PyTorch, which warns of itself
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("plain", "nope"),
+        ("tip 1", "wavelet"),
+        ("tip 2", "wavelet"),
+        ("torch sdpa", "rope"),
+        ("torch tip 2", "wavelet"),
+        pytest.param("torch flex", "wavelet", marks=BY_COMPILER),
+    ],
+)
+def test_baselines_compute_the_same(name, method):
+    """What attention is measured against is attention: else its times mean nothing."""
+    length, heads, head_dim = 20, 2, 16
+    arrays = [np.random.default_rng(i).normal(size=(1, length, heads, head_dim)).astype(np.float32) for i in range(3)]
+    terms = make(method, num_heads=heads, head_dim=head_dim).terms({})
+    if name in baselines.JAX:
+        theirs = quick_jit(baselines.JAX[name])(*arrays)
+    else:
+        torch = pytest.importorskip("torch")
+        with torch.no_grad():
+            run = baselines.TORCH[name](length, head_dim)
+            theirs = run(*(torch.from_numpy(x).transpose(1, 2) for x in arrays)).transpose(1, 2).numpy()
+    np.testing.assert_allclose(theirs, attention(*arrays, terms, backend="reference"), rtol=0, atol=5e-6)
+
+
 def run_script(*arguments: str, name: str = "train_step.py") -> subprocess.CompletedProcess:
     # Compiled without optimizations: what is tested here is that all fits together, and no time of it is read.
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -204,6 +235,29 @@ def test_bad_flags_are_one_line(arguments, said):
     [line] = ran.stderr.splitlines()
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.slow
+def test_attention_from_flags_to_files(tmp_path):
+    out = tmp_path / "tiny.json"
+    shape = ("--lengths=32", "--heads=1", "--head_dim=16", "--passes=forward+backward", "--rounds=1", "--nomemory")
+    ran = run_script(*shape, "--baselines=plain", f"--out={out}", name="attention.py")
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["tiled rope", "tiled wavelet", "plain"]
+    for row in rows:  # seven products of [32, 32] and [32, 16], half of each; eight arrays of [32, 16] in float32
+        seconds = row["seconds"][1]
+        assert row["flops_per_second"] == pytest.approx(7 * 32 * 32 * 16 / seconds)
+        assert row["bytes_per_second"] == pytest.approx(8 * 32 * 16 * 4 / seconds)
+    assert "of bytes/s" in ran.stdout
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_flags_of_attention_are_one_line():
+    ran = run_script("--backends=tilde", name="attention.py")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: unknown backend 'tilde': did you mean 'tiled'? allowed are reference")
+    assert len(ran.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

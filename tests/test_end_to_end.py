@@ -65,12 +65,14 @@ def whole_runs(data_flags, tmp_path_factory):
     """Undisturbed runs of two methods, trained by the comparison command, and the folder of its results."""
     folder = tmp_path_factory.mktemp("whole")
     flags = ["--config.compare.variants=('wavelet', 'rope')", "--config.log.every=1", *data_flags]
-    out = run("train.py", f"--config={ROOT}/configs/smoke.py", f"--workdir={folder}", *flags)
-    return folder, out
+    process = start("train.py", f"--config={ROOT}/configs/smoke.py", f"--workdir={folder}", *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, out, err
 
 
 def test_comparison_trains_evaluates_and_draws(whole_runs):
-    folder, out = whole_runs
+    folder, out, err = whole_runs
     for method in ("wavelet", "rope"):
         metrics = runs.read_metrics(folder / method)
         assert [line["step"] for line in metrics] == list(range(1, 41))
@@ -86,6 +88,8 @@ def test_comparison_trains_evaluates_and_draws(whole_runs):
     assert {row["tokens_scored"] for row in rows} == {"4096"}
     assert all(float(row["ci_low"]) < float(row["perplexity"]) < float(row["ci_high"]) for row in rows)
     assert f"{float(rows[0]['perplexity']):.3f}" in out
+    # Said once each: what both are trained by at 64 tokens, and evaluated by at 256.
+    assert re.findall(r"^attention backend: (\w+) \(decode needs", err, re.MULTILINE) == ["reference", "tiled"]
     assert (folder / "extrapolation.png").stat().st_size > 10_000
     assert (folder / "loss_by_position.png").stat().st_size > 10_000
 

@@ -168,6 +168,55 @@ def test_cases_have_runs_of_all_kinds():
     assert seen >= {(kind, side) for kind in ("far", "plain") for side in ("before", "after")} | {("near", "before")}
 
 
+def test_a_mapped_axis_is_more_batch():
+    """Of all arrays or of some, and of two axes at once. A callback has no rule of its own for it either."""
+
+    def alone(arrays, z):
+        def run(x, z):
+            assert x.ndim == z.ndim == 2
+            return np.cumsum(x, axis=1) * z
+
+        x, nothing = arrays
+        return jax.pure_callback(run, jax.ShapeDtypeStruct(x.shape, x.dtype), x, z), nothing
+
+    x, z = normal(0, 3, 4, 2, 5), normal(1, 4, 2, 5)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        jax.vmap(alone, in_axes=((0, None), None))((x[:, 0], None), z[0])
+    folded = triton_gpu.folding(alone)
+    some = jax.vmap(folded, in_axes=((0, None), None))
+    out, nothing = quick_jit(jax.vmap(some, in_axes=((1, None), 0)))((x, None), z)
+    assert nothing is None
+    np.testing.assert_allclose(out, np.cumsum(x, axis=3).swapaxes(0, 1) * z[:, None], rtol=1e-6)
+
+
+def test_launches_of_a_mapped_call_are_those_of_a_larger_batch():
+    launches = []
+
+    def stand_in(launch: Launch) -> list[jax.Array]:
+        launches.append((launch.kernel, launch.arrays[0].shape[0], launch.programs))
+        return jax.pure_callback(
+            lambda *_: [np.zeros(x.shape, x.dtype) for x in launch.outputs], launch.outputs, *launch.arrays
+        )
+
+    terms = positions.make("wavelet", num_heads=2, head_dim=16).terms({})
+
+    def gradients(*x):
+        return jax.vjp(lambda *x: attention(*x, terms, backend="triton_gpu"), *x)[1](x[0])
+
+    def launched(function, *shape: int) -> set:
+        launches.clear()
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        out = jax.eval_shape(function, x, x, x)
+        assert [x.shape for x in out] == [shape] * 3
+        return set(launches)
+
+    with triton_gpu.launching(stand_in, 90):
+        wanted = launched(gradients, 6, 100, 2, 16)
+        assert {name for name, *_ in wanted} == {"forward", "query_gradients", "key_gradients"}
+        # It is traced with its own batch too, which nothing computes.
+        assert launched(jax.vmap(gradients), 3, 2, 100, 2, 16) >= wanted
+
+
 # -- the compiler -----------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +317,6 @@ def test_triton_says_what_it_cannot_carry(on_hopper, monkeypatch):
     assert needs("wavelet") == needs("rope") == needs("wavelet", head_dim=48) == ""
     assert "float16 or bfloat16 or float32" in needs("rope", dtype=jnp.dtype("float64"))
     assert "at most 256" in needs("rope", head_dim=264)
-    assert "at least one query" in needs("rope", queries=0)
     assert "without a bias" in needs("alibi")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert needs("wavelet") == "triton and jax_triton (pip install 'wavelet-jax[cuda]')"
@@ -287,7 +335,7 @@ def test_cudnn_says_what_it_cannot_carry(on_hopper, monkeypatch):
     assert "float16 or bfloat16" in needs("rope", dtype=jnp.dtype("float32"))
     assert "multiple of 8" in needs("rope", head_dim=36)
     assert "same known positions" in needs("rope", offset=3)
-    assert "no window and no segment_ids and no attention dropout" in needs(
+    assert "no window and no segment_ids or padding mask and no attention dropout" in needs(
         "rope", window=5, segments=True, dropout=True
     )
     monkeypatch.setattr(triton_gpu, "gpu_capability", lambda: (8, 0))

@@ -296,6 +296,9 @@ def test_input_positions():
         fn = kind(backend="tiled")
         out = quick_jit(lambda q, k, v, fn=fn, p=positions: fn(q, k, v, input_positions=p))(q, k, v)
         close(out, oracle.attention(q, k, v, "wavelet"))
+    for shared in (np.array([4]), np.array([[4]])):  # traced; "decode" takes consecutive ones only
+        one = quick_jit(kind(backend="decode"))(q[:, 4:5], k, v, input_positions=shared)
+        close(one, oracle.attention(q, k, v, "wavelet")[:, 4:5])
     last = quick_jit(kind())(q[:, 4:5], k, v, input_positions=np.array([[4], [4]]))
     close(last, oracle.attention(q, k, v, "wavelet")[:, 4:5])
 

@@ -100,7 +100,7 @@ def test_arrays_know_what_they_cannot_carry():
 
     assert needs("wavelet") == needs("rope") == needs("nope") == ""
     assert "consecutive positions" in needs("rope", offset=None)
-    assert "no attention dropout and no segment_ids and no window" in needs(
+    assert "no attention dropout and no segment_ids or padding mask and no window" in needs(
         "rope", dropout=True, segments=True, window=3
     )
     assert "without a bias" in needs("alibi")
@@ -148,6 +148,14 @@ def test_equals_the_definition(name, situation, small_tiles):
     arrays = inputs(options.pop("T"), options.pop("S"))
     expected = value_and_gradients("reference", method, {}, *arrays, **options)
     assert_same(by_kernel(method, *arrays, **options), expected, FLOAT32)
+
+
+@slow
+def test_64_bit_mode(small_tiles):
+    method, arrays = positions.make("wavelet", num_heads=4, head_dim=32), inputs(70, 70)
+    expected = by_kernel(method, *arrays)
+    with jax.enable_x64(True):
+        assert_same(by_kernel(method, *arrays), expected, FLOAT32)
 
 
 def test_a_part_of_the_heads_at_a_time(small_tiles, monkeypatch):

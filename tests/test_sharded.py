@@ -73,6 +73,19 @@ def shapes_of(batch: int = 2, length: int = 48, kv_heads: int = 2) -> list[jax.S
     return [jax.ShapeDtypeStruct((batch, length, heads, 16), jnp.float32) for heads in (4, kv_heads, kv_heads)]
 
 
+def attend(method, shapes) -> jax.ShapeDtypeStruct:
+    """What attention over `MESH` comes to, of a method without parameters."""
+    mesh = AbstractMesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * len(MESH))
+    positions = np.arange(shapes[0].shape[1])
+    return jax.eval_shape(lambda *x: sharded.attention(*x, method.terms, {}, positions, mesh=mesh, **AXES), *shapes)
+
+
+def test_a_method_made_for_other_heads_is_refused():
+    """For as many as a device has, too: cut for the second device, those would be the first one's again."""
+    with pytest.raises(UserError, match="the position method was made for num_heads=2, the queries have 4"):
+        attend(make("alibi", num_heads=2, head_dim=16), shapes_of())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -85,12 +98,5 @@ def shapes_of(batch: int = 2, length: int = 48, kv_heads: int = 2) -> list[jax.S
     ],
 )
 def test_what_cannot_be_split_is_refused(changes, message):
-    mesh = AbstractMesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * len(MESH))
-    method, shapes = make("rope", num_heads=4, head_dim=16), shapes_of(**changes)
-    positions = np.arange(shapes[0].shape[1])
-
-    def attend(*arrays):
-        return sharded.attention(*arrays, method.terms, {}, positions, mesh=mesh, **AXES)
-
     with pytest.raises(UserError, match=message):
-        jax.eval_shape(attend, *shapes)
+        attend(make("rope", num_heads=4, head_dim=16), shapes_of(**changes))

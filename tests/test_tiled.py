@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import quick_jit
 
+import wavelet_jax.attention
 from wavelet_jax import positions, wavelets
 from wavelet_jax.attention import TILED_FROM, attention, factors, tiled
 from wavelet_jax.attention.tiles import Tiles
@@ -228,6 +229,18 @@ def test_float64(first_exponent):
         error, usual = (np.max(np.abs(np.asarray(x[name]) - wanted)) for x in (by_tiles, by_definition))
         assert error <= 2 * usual, f"{name}: {error:.1e} from float64, {usual:.1e} by the definition"
         assert error <= 5e-6 * np.max(np.abs(wanted)), f"{name}: {error:.1e} from float64"
+
+
+@pytest.mark.parametrize("backend", ["tiled", "decode"])
+def test_64_bit_mode(backend, small_tiles):
+    """float32 in, float32 out: no constant or counter of ours takes the wider default."""
+    L = 40
+    method = positions.make("wavelet", num_heads=1, head_dim=128)
+    arrays = inputs(L, L, H=1, K=1, D=128, B=1)
+    with jax.enable_x64(True):
+        found = value_and_gradients(backend, method, {}, *arrays)
+    assert {x.dtype.name for x in found.values()} == {"float32"}
+    assert_same(found, oracle(*arrays, ricker_table(L, 0)), FLOAT32)
 
 
 @slow
@@ -524,3 +537,14 @@ def test_auto(monkeypatch):
     assert not calls
     attention(*long, terms)
     assert calls == [(1, L, 1, 16)]
+
+
+def test_auto_says_once_what_it_took_and_why(caplog):
+    wavelet_jax.attention._say_once.cache_clear()
+    x = np.ones((1, 8, 1, 16), np.float32)
+    with caplog.at_level("INFO", logger="wavelet_jax.attention"):
+        for _ in range(2):
+            attention(x, x, x, positions.make("nope", num_heads=1, head_dim=16).terms({}))
+    [said] = caplog.messages
+    assert said.startswith("attention backend: reference (decode needs at most 16 queries over more keys; ")
+    assert said.endswith(f"; tiled needs at least {TILED_FROM} scores a head to be worth it)")

@@ -1,6 +1,7 @@
 """How both commands start: flags and config files are read, and what a user can mend is one line and exit code 2."""
 
 import ctypes
+import logging as std_logging
 import runpy
 import sys
 import traceback
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from wavelet_jax import processes
 from wavelet_jax.errors import UserError
@@ -76,12 +78,25 @@ def _keep_memory() -> None:
             mallopt(option, value)
 
 
+class _Shown(std_logging.Handler):
+    """Prints what the first process logs as it is, above a progress bar."""
+
+    def emit(self, record: std_logging.LogRecord) -> None:
+        if processes.is_first():
+            tqdm.write(record.getMessage(), file=sys.stderr)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs `main` with the flags parsed, ending with one line where the input was bad."""
+
+    choice = std_logging.getLogger("wavelet_jax.attention")  # says once which backend "auto" takes, and why
+    choice.addHandler(_Shown())
+    choice.propagate = False
 
     def start(_) -> None:
         if not flags.FLAGS["verbosity"].present:  # absl would show what libraries say at INFO
             logging.set_verbosity(logging.WARNING)
+            choice.setLevel(std_logging.INFO)
         processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
         main()
 

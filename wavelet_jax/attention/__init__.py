@@ -1,16 +1,16 @@
 """Attention with a position method's `Terms`: one function, one place that chooses what computes it."""
 
 import functools
+import logging
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from wavelet_jax import memory
 from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
-from wavelet_jax.attention.call import Call, is_repeated
+from wavelet_jax.attention.call import Call, check_heads, is_repeated
 from wavelet_jax.attention.tiles import KEPT
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -77,8 +77,9 @@ def attention(
       segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       mask: bool, broadcastable to [B, H, T, S]: False hides a key, beside what the arguments above hide. One of shape
-        [B, 1, 1, S], the same for all heads and queries, is padding, and every backend carries it. Any other is carried
-        by "reference" alone, and only where that is named: "auto" is there for linear memory, and refuses.
+        [B, 1, 1, S], the same for all heads and queries, is padding, and goes as segments do: "reference", "tiled" and
+        "decode" carry it. Any other is carried by "reference" alone, and only where that is named: "auto" is there for
+        linear memory, and refuses.
       dropout_rate, dropout_key: dropout on the attention probabilities.
       backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
         computes the same in linear memory, "decode" is for few queries, "pallas_tpu" and "triton_gpu" are kernels, and
@@ -89,16 +90,18 @@ def attention(
 
     Returns:
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; all but "reference" round
-      the softmax weights to the value's dtype for their product with it.
+      the softmax weights to the value's dtype for their product with it. Forward-mode differentiation (`jax.jvp`) goes
+      through "reference" and "decode" only: the others have derivatives of their own, for reverse mode.
 
     Raises:
-      UserError: shapes that do not fit, an unknown backend, what a named backend cannot carry, or what "auto" could
-        compute in quadratic memory only, and more of it than `REFERENCE_SHARE`.
+      UserError: shapes that do not fit, a method made for other heads, an unknown backend, what a named backend cannot
+        carry, or what "auto" could compute in quadratic memory only, and more of it than `REFERENCE_SHARE`.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
     _check_shapes(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    check_heads(terms, num_heads, head_dim)
     if (query_positions is None or key_positions is None) and num_queries != num_keys:
         raise UserError(
             f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
@@ -108,8 +111,11 @@ def attention(
         raise UserError(f"attention's dropout_rate must be at least 0 and below 1, not {dropout_rate}")
     if dropout_rate > 0 and dropout_key is None:
         raise UserError("attention dropout needs a dropout_key")
-    if window is not None and window < 1:
-        raise UserError(f"attention's window must be at least 1 (a query's own position), not {window}")
+    if window is not None:
+        if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 1:
+            allowed = "an integer of at least 1 (a query's own position)"
+            raise UserError(f"attention's window must be {allowed}, not {window!r}")
+        window = int(window)  # a short NumPy one would overflow
     if far_tolerance is not None and not far_tolerance > 0:
         raise UserError(f"far_tolerance must be above 0, not {far_tolerance}")
     query_positions, query_start = _positions("query_positions", query_positions, batch, num_queries)
@@ -302,13 +308,15 @@ def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    logging.info(message)
+    logging.getLogger(__name__).info(message)
 
 
 def _check_shapes(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array) -> None:
     shapes = f"query {query_BxTxHxD.shape}, key {key_BxSxKxD.shape}, value {value_BxSxKxD.shape}"
     if not query_BxTxHxD.ndim == key_BxSxKxD.ndim == value_BxSxKxD.ndim == 4:
         raise UserError(f"attention takes [batch, length, heads, head_dim]: {shapes}")
+    if 0 in query_BxTxHxD.shape + key_BxSxKxD.shape + value_BxSxKxD.shape:
+        raise UserError(f"attention takes at least one of batch, queries, keys, heads and dimensions: {shapes}")
     if key_BxSxKxD.shape != value_BxSxKxD.shape or (query_BxTxHxD.shape[0], query_BxTxHxD.shape[3]) != (
         key_BxSxKxD.shape[0],
         key_BxSxKxD.shape[3],

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from wavelet_jax import devices
+from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Terms
 
 
@@ -39,6 +40,25 @@ class Call:
     segments: bool = False
     dropout: bool = False
     far_tolerance: float | None = None
+
+
+def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
+    """Raises `UserError` for terms that were made for other heads than the queries': some of them would broadcast."""
+
+    def at(distance: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        """What has heads, [H, ..], and what has head dimensions, [.., D]."""
+        vectors = [field(distance) for field in (terms.relative_keys, terms.relative_values) if field is not None]
+        fixed = [field for field in (terms.content_bias, terms.position_bias) if field is not None]
+        biases = [] if terms.bias is None else [terms.bias(distance)]
+        return [x for x in vectors if x.ndim == distance.ndim + 2] + fixed + biases, vectors + fixed
+
+    with_heads, with_dimensions = jax.eval_shape(at, jax.ShapeDtypeStruct((1,), jnp.int32))
+    for size, made, have in (
+        ("num_heads", {x.shape[0] for x in with_heads}, num_heads),
+        ("head_dim", {x.shape[-1] for x in with_dimensions}, head_dim),
+    ):
+        if other := made - {have}:
+            raise UserError(f"the position method was made for {size}={min(other)}, the queries have {have}")
 
 
 def consecutive_only(call: Call) -> list[str]:

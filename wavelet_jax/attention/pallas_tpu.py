@@ -266,7 +266,7 @@ def _row_inputs(layout: Layout, basis: np.ndarray | None, arrays: Arrays) -> tup
         return pl.BlockSpec((None, None, layout.rows, columns), lambda b, h, i, j: (b, h, i, 0))
 
     per_key = pl.BlockSpec(
-        (None, None, layout.keys, dim), lambda b, h, i, j: (b, lax.div(h, layout.group), last_seen(i, j), 0)
+        (None, None, layout.keys, dim), lambda b, h, i, j: (b, lax.div(h, np.int32(layout.group)), last_seen(i, j), 0)
     )
     inputs = {"query": arrays.query_BxHxTxD, "key": arrays.key_BxKxSxD, "value": arrays.value_BxKxSxD}
     specs = {"query": per_query(dim), "key": per_key, "value": per_key}

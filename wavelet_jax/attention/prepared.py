@@ -141,6 +141,7 @@ def _floor_divide(x: int | jax.Array, n: int) -> int | jax.Array:
     """x // n in operations that kernels have at compile time (`//` on a traced x asks for the device's kind)."""
     if isinstance(x, int) or n == 1:
         return x // n if isinstance(x, int) else x
+    n = x.dtype.type(n)  # with jax_enable_x64 a Python integer is int64
     remainder = lax.rem(x, n)
     return lax.div(x - jnp.where(remainder < 0, remainder + n, remainder), n)
 
@@ -193,7 +194,7 @@ def obstacles(call: Call, tiles: Tiles) -> list[str]:
     if isinstance(call.offset, jax.Array):
         found.append("positions that are known while tracing")
     if call.segments:
-        found.append("no segment_ids")
+        found.append("no segment_ids or padding mask")
     if call.window is not None:
         found.append("no window")
     if terms.bias is not None:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from wavelet_jax.attention import attention as attention_of_one
+from wavelet_jax.attention.call import check_heads
 from wavelet_jax.attention.tiles import KEPT
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Params, Terms
@@ -98,6 +99,7 @@ def attention(
 
     def on_device(params, query, key, value, given_positions, segments) -> jax.Array:
         terms = terms_of(params)
+        check_heads(terms, *query_BxTxHxD.shape[2:])  # of all devices, before a device takes its own
         if head_axis is not None and mesh.shape[head_axis] > 1:
             terms = _of_heads(terms, lax.axis_index(head_axis) * query.shape[2], query.shape[2])
         own = positions if constant else given_positions

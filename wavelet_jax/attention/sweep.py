@@ -122,8 +122,8 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
             return None, (raised, total, out)
 
         batch, kv_heads, _, *group_rows = queries[0].shape
-        none = jnp.zeros((batch, kv_heads, *group_rows))
-        start = none - jnp.inf, none, jnp.zeros(queries[0].shape)
+        none = jnp.zeros((batch, kv_heads, *group_rows), jnp.float32)
+        start = none - jnp.inf, none, jnp.zeros(queries[0].shape, jnp.float32)
         highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, None, own, start)[1]
         out /= jnp.where(total > 0, total, 1)[:, :, None]
         logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)

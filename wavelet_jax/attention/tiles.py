@@ -126,7 +126,7 @@ def rows_of(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.Arra
 
     def project(matrix: np.ndarray | None) -> jax.Array:
         heads = "" if matrix is None or matrix.ndim == 2 else "kg"
-        matrix = np.eye(position.shape[2]) if matrix is None else matrix
+        matrix = np.eye(position.shape[2], dtype=np.float32) if matrix is None else matrix
         return einsum(f"bkdgu,{heads}dc->bkcgu", position, split_heads(matrix, 3, position.shape[1]))
 
     def far_coordinates(far: factors.Far) -> jax.Array:

@@ -120,8 +120,6 @@ def obstacles(call: Call) -> list[str]:
         found.append(f"queries in {' or '.join(DTYPES)}")
     if call.head_dim > MAX_HEAD_DIM:
         found.append(f"a head size of at most {MAX_HEAD_DIM}")
-    if min(call.queries, call.keys) == 0:
-        found.append("at least one query and one key")
     return found or prepared.obstacles(call, _tiles(call))
 
 
@@ -168,7 +166,29 @@ def _sizes(capability: int, dtype: jnp.dtype, head_dim: int) -> Sizes:
 
 @functools.cache
 def _kernel(launcher: Launcher, capability: int) -> Kernel:
-    return Kernel(functools.partial(_forward, launcher, capability), functools.partial(_backward, launcher, capability))
+    def forward(layout: Layout, basis: np.ndarray | None, arrays: Arrays, out_dtype: jnp.dtype):
+        return folding(lambda arrays: _forward(launcher, capability, layout, basis, arrays, out_dtype))(arrays)
+
+    def backward(layout: Layout, basis: np.ndarray | None, *arrays):
+        return folding(functools.partial(_backward, launcher, capability, layout, basis))(*arrays)
+
+    return Kernel(forward, backward)
+
+
+def folding(function: Callable) -> Callable:
+    """A function of arrays [B, ..] to arrays [B, ..] that `jax.vmap` takes, by a larger B: launches have no rule."""
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def mapped(size: int, is_mapped: tuple, *arrays):
+        def fold(x: jax.Array, is_mapped: bool) -> jax.Array:  # the mapped axis comes first
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = call(*jax.tree.map(fold, arrays, tuple(is_mapped)))
+        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
+
+    return call
 
 
 def _by_jax_triton(launch: Launch) -> Sequence[jax.Array]:

@@ -88,7 +88,11 @@ def attend(
                 "input_positions that are traced may have gaps, which needs the full score matrix: give NumPy ones, or "
                 "PositionAttention backend='reference' (memory quadratic in length)"
             )
-        query_positions = input_positions if input_positions.ndim == 1 else _one_batch_axis(input_positions, batch, 1)
+        query_positions = _one_batch_axis(input_positions, batch, 1)
+        if len(query_positions) == 1:  # the same for all rows
+            query_positions = query_positions[0]
+        if query_positions.shape == (1,) == (num_queries,):  # also a traced one is consecutive
+            query_positions = query_positions[0]
         key_positions = query_positions if num_queries == num_keys else 0
     elif num_queries != num_keys:
         if not (causal and num_queries == 1 and mask is not None):
