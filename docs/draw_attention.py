@@ -40,8 +40,7 @@ def table_of(terms: Terms, count: int) -> np.ndarray:
 
 def plan_of(terms: Terms, tolerance: float) -> Plan:
     """The plan that `tiled` has for LENGTH queries and keys, with its factors."""
-    kind = [tiles for keys, tiles in tiled.TILES["constant keys"] if keys <= LENGTH]
-    plan = Plan(kind[-1], True, None, 0, LENGTH, LENGTH, None, False, 1 / math.sqrt(HEAD_DIM))
+    plan = Plan(tiled.TILES["constant keys"], True, None, 0, LENGTH, LENGTH, None, False, 1 / math.sqrt(HEAD_DIM))
     return dataclasses.replace(plan, constants=tiled.constants_of(plan, terms, tolerance))
 
 

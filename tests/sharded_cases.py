@@ -123,6 +123,6 @@ def compare(method: str, options: dict, how: dict) -> dict:
 
 if __name__ == "__main__":
     # So that a few tokens have tiles of all kinds.
-    tiled.TILES = {kind: ((0, Tiles(rows=4, block=2, band=2, keys=3)),) for kind in tiled.TILES}
+    tiled.TILES = dict.fromkeys(tiled.TILES, Tiles(rows=4, block=2, band=2, keys=3))
     for case in sys.argv[1:]:
         print(json.dumps({"case": case, **compare(*CASES[case])}), flush=True)

@@ -83,7 +83,7 @@ FAR_TOLERANCE = 1e-6
 def _small_tiles():
     """So that ten tokens have tiles of all kinds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "TILES", {kind: ((0, Tiles(rows=4, block=2, band=2, keys=3)),) for kind in tiled.TILES})
+        patch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, Tiles(rows=4, block=2, band=2, keys=3)))
         yield
 
 

@@ -112,7 +112,7 @@ def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: in
 @pytest.fixture
 def small_tiles(monkeypatch):
     sizes = Tiles(rows=8, block=4, band=4, keys=8)  # so that a few tokens have tiles of all kinds
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, sizes),)))
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, sizes))
 
 
 def quick_and_slow(quick: list[tuple], *axes) -> list:

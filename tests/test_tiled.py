@@ -23,7 +23,7 @@ SMALL = Tiles(rows=16, block=8, band=8, keys=32)  # so that short sequences have
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, SMALL),)))
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, SMALL))
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -166,7 +166,7 @@ def test_random_shapes(data, small_tiles, monkeypatch):
     draw = data.draw
     block, band, keys = (draw(st.integers(low, 24)) for low in (1, 0, 1))
     chosen = Tiles(block * draw(st.integers(1, 3)), block, band, keys)
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, ((0, chosen),)))
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, chosen))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     T, S = draw(st.integers(1, 60)), draw(st.integers(1, 60))
     name = draw(st.sampled_from(["wavelet", "wavelet trained", "t5", "shaw", "transformer_xl", "rope"]))

@@ -32,20 +32,14 @@ from wavelet_jax.positions.terms import Terms
 FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
 
 
-# By what the terms add to scores, (from this many keys on, tiles): the last row that applies. Measured on two cores,
-# float32, 4 heads of 128, forward and backward: XLA shares out one matrix product at a time among threads, so products
-# must be large (tiles of 128 take 1.6 times as long as these), while smaller blocks and bands of constant keys leave
-# less to compute densely and raise the far rank (bands of 128 and 32 cost wavelets 5% more at 2,048).
+# By what the terms add to scores. Measured on two cores, float32, 4 heads of 128, forward and backward: XLA shares out
+# one matrix product at a time among threads, so products must be large (tiles of 128 take 1.6 times as long as these),
+# while smaller blocks and bands of constant keys leave less to compute densely and raise the far rank (bands of 128 and
+# 32 cost wavelets 5% more at 2,048).
 TILES = {
-    "nothing": (
-        (0, Tiles(rows=512, block=256, band=0, keys=512)),
-        (4096, Tiles(rows=1024, block=256, band=0, keys=512)),
-    ),
-    "constant keys": (
-        (0, Tiles(rows=512, block=128, band=64, keys=512)),
-        (4096, Tiles(rows=1024, block=128, band=64, keys=512)),
-    ),
-    "tables": ((0, Tiles(rows=512, block=256, band=0, keys=512)),),
+    "nothing": Tiles(rows=1024, block=256, band=0, keys=512),
+    "constant keys": Tiles(rows=1024, block=128, band=64, keys=512),
+    "tables": Tiles(rows=512, block=256, band=0, keys=512),
 }
 
 # Factors go from the local band to the furthest distance that matters: the furthest that there is, or at a traced
@@ -155,13 +149,15 @@ def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
     if terms.relative_keys is not None or terms.relative_values is not None or terms.bias is not None:
         constant = terms.relative_keys is not None and constants.evaluate(terms, 0, 0) is not None
         kind = "constant keys" if constant else "tables"
-    tiles = [tiles for keys, tiles in TILES[kind] if num_keys >= keys][-1]
+    tiles = TILES[kind]
 
     def shorter(size: int, length: int) -> int:  # no tile is much longer than what it has to hold
         return min(size, -(-length // 8) * 8)
 
     block = shorter(tiles.block, num_queries)
-    rows = min(tiles.rows, -(-num_queries // block) * block)
+    # Tiles of as many rows each as come out even, so that the last one holds little padding.
+    count = -(-num_queries // tiles.rows)
+    rows = -(-num_queries // (count * block)) * block
     return Tiles(rows, block, shorter(tiles.band, num_keys), shorter(tiles.keys, num_keys))
 
 

@@ -139,10 +139,11 @@ def rows_of(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.Arra
 
     near = plan.constants.near
     x = position if near.project is None else project(near.project)
-    table = split_heads(near.rows, 3, position.shape[1])
+    fill = [(0, 0)] * (near.rows.ndim - 2) + [(0, int(plan.causal)), (0, 0)]  # a distance more: what `skew` wants
+    table = split_heads(np.pad(near.rows, fill), 3, position.shape[1])
     G = einsum(f"bkcgiu,{letters(table)}->bkgiue", blocks(x), table)
     width = plan.tiles.band + plan.tiles.block + plan.after
-    scores = jnp.moveaxis(skew(G, width, -jnp.inf), -1, 2)  # [b, k, W, g, i, u]
+    scores = jnp.moveaxis(skew(G, width, -jnp.inf, near.rows.shape[-2]), -1, 2)  # [b, k, W, g, i, u]
     far = tuple(None if far is None else far_coordinates(far) for far in plan.constants.far)
     return Rows(query_BxKxDxGxU, None, join(scores), far)
 
@@ -150,16 +151,20 @@ def rows_of(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.Arra
 # -- one tile -----------------------------------------------------------------------------------------------------
 
 
-def skew(G: jax.Array, width: int, after: float = 0.0) -> jax.Array:
-    """[.., U, n] by distance -> [.., U, V] by key: out[u, v] = G[u, U - 1 - u + v], `after` where n ends before.
+def skew(G: jax.Array, width: int, after: float = 0.0, available: int | None = None) -> jax.Array:
+    """[.., U, n] by distance -> [.., U, V] by key: out[u, v] = G[u, U - 1 - u + v], `after` where n ends before, or
+    `available` of the n do.
 
-    Read row by row with one column less, the same numbers stand shifted by one a row: no gather.
+    Read row by row with one column less, the same numbers stand shifted by one a row: no gather. What is read past the
+    end of a row is of the next one, and hidden. With n = V + 1 nothing is copied before.
     """
-    *lead, rows, available = G.shape
-    columns = rows + width
-    padded = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, columns - available)], constant_values=after)
-    flat = padded.reshape(*lead, rows * columns)[..., : rows * (columns - 1)]
-    return flat.reshape(*lead, rows, columns - 1)[..., rows - 1 :]
+    *lead, rows, count = G.shape
+    available, columns = available or count, max(count, width + 1)
+    G = jnp.pad(G, [(0, 0)] * (G.ndim - 1) + [(0, columns - count)])
+    flat = G.reshape(*lead, rows * columns)[..., rows - 1 : columns * rows - 1]
+    by_key = flat.reshape(*lead, rows, columns - 1)[..., :width]
+    column = np.arange(rows - 1, -1, -1)[:, None] + np.arange(width)
+    return by_key if column.max() < available else jnp.where(column < available, by_key, after)
 
 
 def unskew(x: jax.Array) -> jax.Array:
