@@ -256,7 +256,7 @@ def test_named_kernels_refuse_what_they_cannot_carry():
     with pallas_tpu.interpreted():
         with pytest.raises(UserError, match="needs a position method without a bias: use backend='auto'"):
             call("alibi")
-        with pytest.raises(UserError, match="needs no segment_ids and no window"):
+        with pytest.raises(UserError, match="needs no segment_ids or padding mask and no window"):
             call(segment_ids=np.zeros((2, 40), int), window=3)
         with pytest.raises(UserError, match="needs queries in float32 or bfloat16"):
             call(query=query.astype(jnp.float16))

@@ -286,7 +286,12 @@ def test_read_ahead_raises_in_its_place():
 
 def ended(program: str, interrupt: bool) -> tuple[int, str, float]:
     """(exit code, stderr, seconds to the end) of a program that reads ahead, from the line that it prints."""
-    program = "import contextlib, time\nfrom wavelet_jax.data import read_ahead\n" + textwrap.dedent(program)
+    head = """
+        import contextlib, signal, time
+        from wavelet_jax.data import read_ahead
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+    """
+    program = textwrap.dedent(head) + textwrap.dedent(program)
     child = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
