@@ -140,7 +140,7 @@ def _inputs(plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array) -> I
 def _partial(terms: Terms, query: jax.Array, key: jax.Array, value: jax.Array, distance: jax.Array | int):
     """Output [B, C, H, D] and logarithm of the sum of exponentials [B, C, H] over these keys alone, float32."""
     plan, run = _plan(terms, query, distance), query.shape[1]
-    out, logsumexp, _ = sweep._forward(plan, _inputs(plan, query, key, value), jnp.asarray(distance, jnp.int32), None)
+    out, logsumexp = sweep._forward(plan, _inputs(plan, query, key, value), jnp.asarray(distance, jnp.int32), None)
     out = einops.rearrange(out, "n b k d g u -> b (n u) (k g) d")[:, :run]
     return out, einops.rearrange(logsumexp, "n b k g u -> b (n u) (k g)")[:, :run]
 
@@ -152,6 +152,6 @@ def _partial_gradients(terms: Terms, query, out, logsumexp, d_out, key, value, d
     padding = [(0, 0), (0, -query.shape[1] % plan.tiles.rows), (0, 0)]
     logsumexp = jnp.pad(logsumexp, padding, constant_values=jnp.inf)
     logsumexp = einops.rearrange(logsumexp, "b (n u) (k g) -> n b k g u", u=plan.tiles.rows, k=heads)
-    residuals = inputs, jnp.asarray(distance, jnp.int32), None, tiled._cut(out, plan.tiles.rows, heads), logsumexp, None
+    residuals = inputs, jnp.asarray(distance, jnp.int32), None, tiled._cut(out, plan.tiles.rows, heads), logsumexp
     gradients, *_ = sweep._attend_backward(plan, residuals, tiled._cut(d_out, plan.tiles.rows, heads))
     return transposed(gradients)

@@ -91,15 +91,13 @@ def attend(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None
 
 
 def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    """`attend` in float32, of every row the logarithm of its sum of exponentials (+inf where it sees nothing), and the
-    forms of its queries that wait for the backward pass, or None."""
+    """`attend` in float32, and of every row the logarithm of its sum of exponentials (+inf where it sees nothing)."""
     row_segments, key_segments = segments or (None, None)
     keys = Keys(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
 
     def query_tile(_, xs):
         index, own_segments, *queries = xs
-        row = rows_of(plan, *queries)
-        own = row, own_segments
+        own = rows_of(plan, *queries), own_segments
 
         def visit(_, own, carry, tile):
             row, own_segments = own
@@ -129,28 +127,25 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
         highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, None, own, start)[1]
         out /= jnp.where(total > 0, total, 1)[:, :, None]
         logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)
-        # In float32 the forms of queries wait for the backward pass: 3% less time for some 220 numbers more a row. Of
-        # 16-bit inputs they would be as much as all the rest that waits, and are made again.
-        forms = row._replace(query=None) if row.near is not None and row.query.dtype == jnp.float32 else None
-        return None, (out, logsumexp, forms)
+        return None, (out, logsumexp)
 
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
     xs = tiles, row_segments, inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
-    return lax.scan(query_tile, None, xs)[1]
+    out, logsumexp = lax.scan(query_tile, None, xs)[1]
+    return out, logsumexp
 
 
 def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    *kept, forms = _forward(plan, inputs, offset, segments)
-    out, logsumexp = checkpoint_name(tuple(kept), KEPT)
+    out, logsumexp = checkpoint_name(_forward(plan, inputs, offset, segments), KEPT)
     # The output waits as it was before it was rounded. Rounding to bfloat16 would be in delta, and so in the
     # derivatives of all of a row's scores; where position vectors are alike for hundreds of keys it adds up, and the
     # queries' gradient is off by 2.8e-3 and not by 2.4e-3 (scales 2^2..2^9, 1,300 tokens).
-    return out.astype(inputs.value_BxKxSxD.dtype), (inputs, offset, segments, out, logsumexp, forms)
+    return out.astype(inputs.value_BxKxSxD.dtype), (inputs, offset, segments, out, logsumexp)
 
 
 def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> tuple:
     """Gradients of all inputs in one sweep, from scores computed again (Dao et al., arXiv 2205.14135, Alg. 4)."""
-    inputs, offset, segments, out, logsumexp, forms = residuals
+    inputs, offset, segments, out, logsumexp = residuals
     row_segments, key_segments = segments or (None, None)
     keys = Keys(inputs.key_BxKxSxD, _transposed(inputs.key_BxKxSxD), inputs.value_BxKxSxD, None)
 
@@ -160,8 +155,8 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
         return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
 
     def query_tile(d, xs):
-        index, own_segments, d_out, out, logsumexp, forms, *queries = xs
-        row = rows_of(plan, *queries) if forms is None else forms._replace(query=queries[0])
+        index, own_segments, d_out, out, logsumexp, *queries = xs
+        row = rows_of(plan, *queries)
         with jax.named_scope("delta"):
             delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=2)
 
@@ -229,7 +224,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
     queries = inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
     others = inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None)
-    xs = tiles, row_segments, out_gradient, out, logsumexp, forms, *queries
+    xs = tiles, row_segments, out_gradient, out, logsumexp, *queries
     d, d_queries = lax.scan(query_tile, zeros(others), xs)
     d = jax.tree.map(lambda d, x: d.astype(x.dtype), d, others)
     return d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1]), None, None
