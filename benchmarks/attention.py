@@ -244,9 +244,10 @@ def draw(results: dict, path: Path) -> None:
     """Ratio to RoPE, time, and memory, by length."""
     from matplotlib import pyplot as plt
 
-    shown = (("over_base", "time over RoPE's"), ("seconds", "seconds"), ("peak_bytes", "peak bytes"))
+    fields = {"over_base": "time over RoPE's", "seconds": "seconds", "peak_bytes": "peak bytes"}
+    shown = [(field, label) for field, label in fields.items() if any(field in row for row in results["rows"])]
     passes = list(dict.fromkeys(row["pass"] for row in results["rows"]))
-    figure, axes = plt.subplots(len(passes), len(shown), figsize=(13, 3.6 * len(passes)), squeeze=False)
+    figure, axes = plt.subplots(len(passes), len(shown), figsize=(4.3 * len(shown), 3.6 * len(passes)), squeeze=False)
     names = list(dict.fromkeys(row["case"] for row in results["rows"]))
     for line, name in zip(axes, passes, strict=True):
         for ax, (field, label) in zip(line, shown, strict=True):
