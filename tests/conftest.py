@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -27,6 +28,13 @@ quick_jit = functools.partial(
 # Backends that carry every call on every device, and so every test of attention; tests/test_kernels.py and
 # tests/test_gpu_kernels.py have the others.
 EVERYWHERE = tuple(name for name in BACKENDS if name not in ("pallas_tpu", "triton_gpu", "cudnn"))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import logging
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, quick_jit
+from conftest import ROOT, free_port, quick_jit
 
 from configs import smoke
 from wavelet_jax import checkpoint, checksums, guards, runs, sharding, training
@@ -495,9 +494,7 @@ with stopping.listen() as stop:
 
 def in_two_processes(script: str, workdir: Path, code: int) -> list[tuple[str, str]]:
     """What the two processes say, on stdout and stderr, that run this after `ONE_OF_TWO` and end with this code."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(

@@ -3,14 +3,13 @@
 import csv
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from wavelet_jax import processes, runs, sharding
 from wavelet_jax.data import Windows
@@ -71,12 +70,6 @@ def test_a_task_takes_the_gpus_of_its_node_or_one_of_them():
     out = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == ["all", "0"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def command(script: str, *arguments: object) -> list[str]:

@@ -54,6 +54,11 @@ class Measured:
     ci_low: float
     ci_high: float
 
+    @property
+    def name(self) -> str:
+        """The row without its brackets: what the paper may call it."""
+        return self.row.split(" (")[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -97,9 +102,9 @@ def match(ours: Iterable[Measured], paper: Iterable[Published]) -> list[Pair]:
     for line in paper:
         theirs.setdefault((line.row, line.protocol), {}).setdefault((line.table, line.train_length), []).append(line)
     pairs = []
-    for (row, protocol, train_length), lines in _grouped(ours, lambda x: (x.row, x.protocol, x.train_length)).items():
+    for (_, protocol, train_length), lines in _grouped(ours, lambda x: (x.row, x.protocol, x.train_length)).items():
         candidates = []
-        for (_, paper_length), rows in theirs.get((row.split(" (")[0], protocol), {}).items():
+        for (_, paper_length), rows in theirs.get((lines[0].name, protocol), {}).items():
             found = [
                 Pair(line, x) for line in lines for x in rows if line.length * paper_length == x.length * train_length
             ]
@@ -217,15 +222,14 @@ def _together(folders: Iterable[Path]) -> list[Measured]:
 
 
 def _without_counterpart(line: Measured, paper: Sequence[Published]) -> UserError:
-    row = line.row.split(" (")[0]
-    theirs = [x for x in paper if x.row == row]
+    theirs = [x for x in paper if x.row == line.name]
     if not theirs:
-        return unknown("row of the paper's tables", row, dict.fromkeys(x.row for x in paper))
+        return unknown("row of the paper's tables", line.name, dict.fromkeys(x.row for x in paper))
     lengths = _grouped(theirs, lambda x: f"{x.protocol} of L_train {x.train_length:,}")
     found = (f"{kind} at {', '.join(f'{x.length:,}' for x in same)}" for kind, same in lengths.items())
     return UserError(
-        f"the paper has no {row} by {line.protocol} at {line.length:,} tokens with L_train {line.train_length:,}, nor "
-        f"at the same multiples: it has {'; '.join(found)}"
+        f"the paper has no {line.name} by {line.protocol} at {line.length:,} tokens with L_train "
+        f"{line.train_length:,}, nor at the same multiples: it has {'; '.join(found)}"
     )
 
 

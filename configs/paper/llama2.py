@@ -50,6 +50,8 @@ SIZES = {
 SIZES["small"] = SIZES["10m"]
 LABELS = {"rope": "rope_theta5e5", "wavelet": "wavelet_ricker_a2^2..2^9"}  # the table's names
 POD = 256  # windows of 4,096 an update
+# How devices share the sizes that one does not hold: one window at a time, a window or an eighth of one each.
+MESH = {"": {"tensor": -1}, "pod": {"fsdp": -1}, "32k": {"fsdp": -1, "tensor": 8}}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -65,18 +67,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4  # with b1 0.9 and b2 0.95, the paper's; the schedule is ours
     config.eval.sequences = 100
     config.compare.update(lengths=(4096, 8192, 16384, 32768), protocol="non_overlapping")
-    divided = size in ("7b", "1b")  # below, a device holds a whole model
-    if divided:
-        config.mesh.update(data=1, tensor=-1)
+    if size in ("7b", "1b"):
+        config.mesh.update(data=1, **MESH[scale])
     if scale:
         config.train.update(batch_size=POD, logits_chunk=512 * POD)  # 512 tokens a chip, where each has a window
-        if divided:
-            config.mesh.update(fsdp=-1, tensor=1)
     if scale == "32k":
         config.position.max_positions = 32768
         config.train.update(length=32768, batch_size=POD // 8)
-        if divided:
-            config.mesh.tensor = 8
     if size in ("10m", "small"):  # for CPUs too
         config.model.dtype = "float32"
     if size == "small":
