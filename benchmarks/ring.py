@@ -132,7 +132,7 @@ def _plan(terms: Terms, query: jax.Array, distance: jax.Array | int) -> Plan:
 
 
 def _inputs(plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array) -> Inputs:
-    padding = [(0, 0), (0, 0), (plan.padding, plan.padding), (0, 0)]
+    padding = [(0, 0), (0, 0), plan.padding, (0, 0)]
     keys, values = (jnp.pad(jnp.moveaxis(x, 1, 2), padding) for x in (key, value))
     return Inputs(tiled._cut(query, plan.tiles.rows, key.shape[2]), None, keys, values, None, None, None)
 

@@ -155,10 +155,8 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
         return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
 
     def query_tile(d, xs):
-        index, own_segments, d_out, out, logsumexp, *queries = xs
+        index, own_segments, d_out, delta, logsumexp, *queries = xs
         row = rows_of(plan, *queries)
-        with jax.named_scope("delta"):
-            delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=2)
 
         def visit(d, own, d_row, tile):
             row, own_segments, d_out, delta, logsumexp = own
@@ -174,7 +172,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
                 d_scores = weights * (d_weights - delta[:, :, None]) * plan.scale
                 rounded = d_scores.astype(view.keys.key.dtype)
             with jax.named_scope("keys_and_values"):
-                start = tile.start + plan.padding
+                start = tile.start + plan.padding[0]
                 d_key = einsum("bkvgu,bkgud->bkvd", rounded, query_by_row)
                 d_value = einsum("bkvgu,bkgud->bkvd", weights.astype(d_out.dtype), d_out_by_row)
                 d = d._replace(
@@ -182,7 +180,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
                     value_BxKxSxD=add(d.value_BxKxSxD, d_value, start, 2),
                 )
             with jax.named_scope("queries"):
-                extended = jnp.swapaxes(with_far(jnp.swapaxes(view.keys.key_transposed, 2, 3), view), 2, 3)
+                extended = with_far(view.keys.key_transposed, view, axis=2)
                 parts = einsum("bkdv,bkvgu->bkdgu", extended, rounded)
                 d_far, end = list(d_row.far), row.query.shape[2]
                 d_row = d_row._replace(query=d_row.query + parts[:, :, :end])
@@ -224,7 +222,9 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
     queries = inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
     others = inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None)
-    xs = tiles, row_segments, out_gradient, out, logsumexp, *queries
+    with jax.named_scope("delta"):
+        delta = jnp.sum(out_gradient.astype(jnp.float32) * out, axis=3)
+    xs = tiles, row_segments, out_gradient, delta, logsumexp, *queries
     d, d_queries = lax.scan(query_tile, zeros(others), xs)
     d = jax.tree.map(lambda d, x: d.astype(x.dtype), d, others)
     return d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1]), None, None

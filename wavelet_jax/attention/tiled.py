@@ -115,7 +115,7 @@ def attention(
         content = query_BxTxHxD + terms.content_bias
     if terms.relative_keys is not None and (terms.content_bias is not None or terms.position_bias is not None):
         position = query_BxTxHxD if terms.position_bias is None else query_BxTxHxD + terms.position_bias
-    pad = [(0, 0), (0, 0), (plan.padding, plan.padding), (0, 0)]
+    pad = [(0, 0), (0, 0), plan.padding, (0, 0)]
     inputs = Inputs(
         _cut(content, tiles.rows, num_kv_heads),
         None if position is None else _cut(position, tiles.rows, num_kv_heads),
@@ -129,7 +129,7 @@ def attention(
         query_segments, key_segments = segment_ids
         row_padding = -num_queries % tiles.rows
         query_segments = jnp.pad(query_segments, [(0, 0), (0, row_padding)]).reshape(batch, -1, tiles.rows)
-        segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), (plan.padding,) * 2])
+        segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), plan.padding])
     out_NxBxKxDxGxU = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
     out = einops.rearrange(out_NxBxKxDxGxU, "n b k d g u -> b (n u) (k g) d")
     return out[:, :num_queries]
@@ -180,14 +180,14 @@ def _distances(plan: Plan, offset: int | jax.Array) -> jax.Array:
     Distances that only padding has are replaced by ones that a query and a key do have: no method is asked for more.
     """
     first = first_distance(plan, offset)
-    count = plan.queries + 2 * plan.tiles.rows + plan.keys + 2 * plan.padding
+    count = plan.queries + 2 * plan.tiles.rows + plan.keys + 2 * plan.overhang
     lowest, highest = offset - (plan.keys - 1), offset + plan.queries - 1
     if plan.causal:
         if plan.offset is None:
             lowest, highest = jnp.maximum(lowest, 0), jnp.maximum(highest, 0)
         else:  # down to distance 0, and at least one tile
             lowest, highest = max(lowest, 0), max(highest, 0)
-            count = max(min(count, first + 1), plan.padding + plan.tiles.rows)
+            count = max(min(count, first + 1), plan.overhang + plan.tiles.rows)
     if plan.offset is not None:  # in int64: those of padding may be past int32 (and wrap, to be clipped, if traced)
         return jnp.asarray(np.clip(first - np.arange(count), lowest, highest), jnp.int32)
     return jnp.clip(first - jnp.arange(count, dtype=jnp.int32), lowest, highest)
@@ -197,7 +197,7 @@ def constants_of(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors 
     """Factors of a constant `relative_keys`; None where there is none, it is learned, or its reach is not known."""
     if terms.relative_keys is None or constants.evaluate(terms, 0, 0) is None:
         return None
-    margin = plan.tiles.rows + plan.padding  # tiles hold distances that no query and key have
+    margin = plan.tiles.rows + plan.overhang  # tiles hold distances that no query and key have
     lowest, highest = (-_FAR_AWAY, _FAR_AWAY) if plan.offset is None else _span(plan, plan.offset)
     reach = constants.reach(terms, tolerance, margin)
     if reach is not None:

@@ -85,9 +85,23 @@ class Plan:
         return 0 if self.causal else self.tiles.band
 
     @property
-    def padding(self) -> int:
-        """Keys added on both sides, so that no tile that holds a key sticks out."""
+    def overhang(self) -> int:
+        """Tokens that a tile that holds a key may stick out by, on either side."""
         return max(self.tiles.band + self.tiles.rows + self.after, self.tiles.keys)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Keys added (before, after), so that no tile that holds a key sticks out."""
+        if self.offset is None:
+            return self.overhang, self.overhang
+        count = -(-self.queries // self.tiles.rows)
+        # The local tiles of the first rows and of the last, and tiles outwards, which end anywhere.
+        before, after = self.tiles.band - self.offset, self.offset + count * self.tiles.rows + self.after - self.keys
+        if self.offset + (count - 1) * self.tiles.rows > self.tiles.band:
+            before = max(before, self.tiles.keys)
+        if not self.causal:
+            after = max(after, self.tiles.keys)
+        return min(max(before, 0), self.overhang), min(max(after, 0), self.overhang)
 
 
 class Tile(NamedTuple):
@@ -105,7 +119,7 @@ class Tile(NamedTuple):
 
 def first_distance(plan: Plan, offset: int | jax.Array) -> int | jax.Array:
     """Distance of row 0 of the tables over all distances: no tile that holds a key has a higher one."""
-    return offset + (plan.queries + plan.tiles.rows) + plan.padding
+    return offset + (plan.queries + plan.tiles.rows) + plan.overhang
 
 
 def split_heads(array: jax.Array | np.ndarray, with_heads: int, num_kv_heads: int) -> jax.Array:
@@ -124,13 +138,7 @@ def rows_of(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.Arra
     def blocks(x: jax.Array) -> jax.Array:  # [.., U] -> [.., U / block, block]
         return x.reshape(*x.shape[:-1], -1, plan.tiles.block)
 
-    def project(matrix: np.ndarray | None) -> jax.Array:
-        heads = "" if matrix is None or matrix.ndim == 2 else "kg"
-        matrix = np.eye(position.shape[2], dtype=np.float32) if matrix is None else matrix
-        return einsum(f"bkdgu,{heads}dc->bkcgu", position, split_heads(matrix, 3, position.shape[1]))
-
-    def far_coordinates(far: factors.Far) -> jax.Array:
-        x = project(far.project)
+    def far_coordinates(far: factors.Far, x: jax.Array) -> jax.Array:
         x = x.reshape(*x.shape[:-1], -1, far.rows.shape[0])
         return join(einsum("bkcgiu,urc->bkrgiu", x, far.rows))
 
@@ -138,14 +146,29 @@ def rows_of(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.Arra
         return x.reshape(*x.shape[:-2], -1)
 
     near = plan.constants.near
-    x = position if near.project is None else project(near.project)
+    x, *xs = _products(position, [form and form.project for form in (near, *plan.constants.far)])
+    x = position if x is None else x
     fill = [(0, 0)] * (near.rows.ndim - 2) + [(0, int(plan.causal)), (0, 0)]  # a distance more: what `skew` wants
     table = split_heads(np.pad(near.rows, fill), 3, position.shape[1])
     G = einsum(f"bkcgiu,{letters(table)}->bkgiue", blocks(x), table)
     width = plan.tiles.band + plan.tiles.block + plan.after
     scores = jnp.moveaxis(skew(G, width, -jnp.inf, near.rows.shape[-2]), -1, 2)  # [b, k, W, g, i, u]
-    far = tuple(None if far is None else far_coordinates(far) for far in plan.constants.far)
+    far = tuple(far and far_coordinates(far, x) for far, x in zip(plan.constants.far, xs, strict=True))
     return Rows(query_BxKxDxGxU, None, join(scores), far)
+
+
+def _products(x_BxKxDxGxU: jax.Array, matrices: list[np.ndarray | None]) -> list[jax.Array | None]:
+    """[B, K, c, G, U] float32 with each matrix, [D, c] or [H, D, c]; None for None."""
+    given = [matrix for matrix in matrices if matrix is not None]
+    if not given:
+        return matrices
+    matrix = split_heads(np.concatenate(given, axis=-1), 3, x_BxKxDxGxU.shape[1])
+    if matrix.ndim == 2:  # a product for each key head: neither what goes in nor what comes out is transposed
+        matrix = jnp.broadcast_to(matrix, (x_BxKxDxGxU.shape[1], *matrix.shape))
+    product = einsum(f"bkdgu,{'kdc' if matrix.ndim == 3 else 'kgdc'}->bkcgu", x_BxKxDxGxU, matrix)
+    ends = np.cumsum([matrix.shape[-1] for matrix in given])
+    parts = iter(jnp.split(product, ends[:-1], axis=2))
+    return [None if matrix is None else next(parts) for matrix in matrices]
 
 
 # -- one tile -----------------------------------------------------------------------------------------------------
@@ -204,7 +227,7 @@ class View(NamedTuple):
 
 def view_of(plan: Plan, inputs: Inputs, keys: Keys, tile: Tile, offset: jax.Array, row_segments, key_segments) -> View:
     def slices(array: jax.Array | None, axis: int) -> jax.Array | None:
-        start = tile.start + plan.padding
+        start = tile.start + plan.padding[0]
         return None if array is None else lax.dynamic_slice_in_dim(array, start, tile.width, axis)
 
     def rows(table: jax.Array | None, axis: int = -2) -> jax.Array | None:
@@ -300,8 +323,8 @@ def scores_of(plan: Plan, row: Rows, view: View, tile: Tile) -> jax.Array:
     """Scores [B, K, V, G, U] in float32, not scaled, -inf where hidden."""
     scores = einsum("bkvd,bkdgu->bkvgu", with_far(view.keys.key, view), query_with_far(row, view))
     if (start := band_start(plan, tile)) is not None:
-        rest = tile.width - start - row.near.shape[2]
-        scores += jnp.pad(row.near, [(0, 0), (0, 0), (start, rest), (0, 0), (0, 0)])
+        band = lax.slice_in_dim(scores, start, start + row.near.shape[2], axis=2)
+        scores = lax.dynamic_update_slice_in_dim(scores, band + row.near, start, axis=2)
     if view.table is not None:
         G = einsum(f"bkcgu,{letters(view.table)}->bkgue", row.position, view.table)
         scores += by_key(G, tile, -jnp.inf)
@@ -311,10 +334,11 @@ def scores_of(plan: Plan, row: Rows, view: View, tile: Tile) -> jax.Array:
     return scores if view.visible is None else jnp.where(view.visible, scores, -jnp.inf)
 
 
-def with_far(key_BxKxVxD: jax.Array, view: View) -> jax.Array:
-    """Keys with the far bases as more head dimensions, [B, K, V, D + R]."""
-    far = (jnp.broadcast_to(far.basis, (*key_BxKxVxD.shape[:2], *far.basis.shape)) for far in view.far)
-    return jnp.concatenate([key_BxKxVxD, *(x.astype(key_BxKxVxD.dtype) for x in far)], axis=3)
+def with_far(key: jax.Array, view: View, axis: int = 3) -> jax.Array:
+    """Keys [B, K, V, D] with the far bases as more head dimensions: `axis`, 2 where they are transposed."""
+    bases = (far.basis if axis == 3 else far.basis.T for far in view.far)
+    far = (jnp.broadcast_to(x, (*key.shape[:2], *x.shape)).astype(key.dtype) for x in bases)
+    return jnp.concatenate([key, *far], axis=axis)
 
 
 def query_with_far(row: Rows, view: View) -> jax.Array:
