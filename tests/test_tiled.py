@@ -519,8 +519,9 @@ def test_refusals():
         jax.jit(traced)(jnp.arange(40))
     with pytest.raises(UserError, match="integers"):
         attention(query, key, value, terms, query_positions=np.arange(40.0), key_positions=0)
-    with pytest.raises(UserError, match="far_tolerance"):
-        attention(query, key, value, terms, backend="tiled", far_tolerance=0.0)
+    for tolerance in (0.0, "3"):
+        with pytest.raises(UserError, match=f"far_tolerance must be a number above 0, not {tolerance!r}"):
+            attention(query, key, value, terms, backend="tiled", far_tolerance=tolerance)
 
 
 def test_auto(monkeypatch):

@@ -187,7 +187,7 @@ def evaluate(
 ) -> list[Curve]:
     """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
 
-    Of several processes, all compute and the first writes.
+    Of several processes, all compute and the first writes; those that were started differently are refused.
 
     Args:
       workdirs: directories of runs that read the same corpus with the same tokenizer.
@@ -213,6 +213,11 @@ def evaluate(
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, text = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride, other_text=other_text)
+    processes.check_same(
+        {"the runs": labels(configs, workdirs), "lengths": lengths, "protocol": protocol, "stride": stride}
+    )
+    for config in configs:
+        runs.check_processes(config, corpus.fingerprint)
     # At least ten stretches to draw from, or the sequences.
     unit = text.length if text.count > 1 else min(max(lengths), text.num_targets // 10) or 1
     for workdir in workdirs:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +117,8 @@ def attention(
             allowed = "an integer of at least 1 (a query's own position)"
             raise UserError(f"attention's window must be {allowed}, not {window!r}")
         window = int(window)  # a short NumPy one would overflow
-    if far_tolerance is not None and not far_tolerance > 0:
-        raise UserError(f"far_tolerance must be above 0, not {far_tolerance}")
+    if far_tolerance is not None and (not isinstance(far_tolerance, numbers.Real) or not far_tolerance > 0):
+        raise UserError(f"far_tolerance must be a number above 0, not {far_tolerance!r}")
     query_positions, query_start = _positions("query_positions", query_positions, batch, num_queries)
     key_positions, key_start = _positions("key_positions", key_positions, batch, num_keys)
     if segment_ids is not None:
