@@ -155,8 +155,10 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
         return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
 
     def query_tile(d, xs):
-        index, own_segments, d_out, delta, logsumexp, *queries = xs
+        index, own_segments, d_out, out, logsumexp, *queries = xs
         row = rows_of(plan, *queries)
+        with jax.named_scope("delta"):
+            delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=2)
 
         def visit(d, own, d_row, tile):
             row, own_segments, d_out, delta, logsumexp = own
@@ -222,9 +224,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     tiles = jnp.arange(inputs.query_NxBxKxDxGxU.shape[0])
     queries = inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
     others = inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None)
-    with jax.named_scope("delta"):
-        delta = jnp.sum(out_gradient.astype(jnp.float32) * out, axis=3)
-    xs = tiles, row_segments, out_gradient, delta, logsumexp, *queries
+    xs = tiles, row_segments, out_gradient, out, logsumexp, *queries
     d, d_queries = lax.scan(query_tile, zeros(others), xs)
     d = jax.tree.map(lambda d, x: d.astype(x.dtype), d, others)
     return d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1]), None, None
