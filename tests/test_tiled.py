@@ -1,6 +1,7 @@
 """The tiled backend against the definition, against float64, and against what it promises: tiles, memory, refusals."""
 
 import functools
+import itertools
 import re
 
 import hypothesis
@@ -14,7 +15,7 @@ from conftest import quick_jit
 import wavelet_jax.attention
 from wavelet_jax import positions, wavelets
 from wavelet_jax.attention import TILED_FROM, attention, factors, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.tiles import Plan, Tiles
 from wavelet_jax.errors import UserError
 
 slow = pytest.mark.slow
@@ -501,6 +502,25 @@ def test_the_definition_is_quadratic_in_length():
 
 
 # -- choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offset", [-400, -70, -3, 0, 5, 64, 100, 700])
+def test_keys_are_padded_as_far_as_tiles_reach(offset, causal):
+    """Every tile that holds a key lies in the padded keys: a slice that did not would be moved, unseen."""
+    tiles = Tiles(rows=64, block=32, band=16, keys=48)
+    for T, S in itertools.product((1, 64, 200), (1, 64, 200)):
+        plan = Plan(tiles, causal, None, offset, T, S, None, False, 1.0)
+        before, after = plan.padding
+        for position in range(offset, offset + T, tiles.rows):
+            start, stop = position - tiles.band, position + tiles.rows + (0 if causal else tiles.band)
+            spans = [(start, stop)]
+            spans += [(end - tiles.keys, end) for end in range(start, 0, -tiles.keys)]
+            spans += [] if causal else [(begin, begin + tiles.keys) for begin in range(stop, S, tiles.keys)]
+            for begin, end in spans:
+                assert end <= 0 or begin >= S or -before <= begin < end <= S + after, (T, S, position)
+    aligned = Plan(tiles, True, None, 0, 128, 128, None, False, 1.0)
+    assert aligned.padding == (tiles.keys, 0)
 
 
 def test_refusals():
