@@ -501,9 +501,6 @@ def test_the_definition_is_quadratic_in_length():
     assert largest_buffer(compiled("t5", 2048, "reference")) >= 2048**2
 
 
-# -- choice -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offset", [-400, -70, -3, 0, 5, 64, 100, 700])
 def test_keys_are_padded_as_far_as_tiles_reach(offset, causal):
@@ -521,6 +518,9 @@ def test_keys_are_padded_as_far_as_tiles_reach(offset, causal):
                 assert end <= 0 or begin >= S or -before <= begin < end <= S + after, (T, S, position)
     aligned = Plan(tiles, True, None, 0, 128, 128, None, False, 1.0)
     assert aligned.padding == (tiles.keys, 0)
+
+
+# -- choice -------------------------------------------------------------------------------------------------------
 
 
 def test_refusals():
