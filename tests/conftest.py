@@ -1,6 +1,5 @@
 """What several test files need: a small corpus made on the spot, and configs of a model of seconds."""
 
-import functools
 import os
 import socket
 import sys
@@ -9,21 +8,15 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: workers of the test run share the cores
 os.environ["TRITON_INTERPRET"] = "1"  # before triton, where it is installed: its kernels then run in NumPy
 
-import jax
 import numpy as np
 import pytest
+from quick_compile import quick_jit as quick_jit
 
 from configs import smoke
 from wavelet_jax.attention import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
-
-# Without XLA's optimizations small programs compile eight times as fast, and compiling is nearly all the time that the
-# conformance tests take. Tests named `jit_equals_eager` compile as usual.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 # Backends that carry every call on every device, and so every test of attention; tests/test_kernels.py and
 # tests/test_gpu_kernels.py have the others.

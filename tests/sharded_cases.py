@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
+from quick_compile import quick_jit
 
 from wavelet_jax.attention import attention, sharded, tiled
 from wavelet_jax.attention.tiles import Tiles
@@ -95,9 +96,7 @@ def compare(method: str, options: dict, how: dict) -> dict:
             out, pull = jax.vjp(function, *inputs)
             return out, *pull(d_out)
 
-        # Small programs: compiling is nearly all of the time, and most of that optimization.
-        options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-        return jax.tree.map(np.asarray, jax.jit(run, compiler_options=options)(d_out, *inputs))
+        return jax.tree.map(np.asarray, quick_jit(run)(d_out, *inputs))
 
     (out, *gradients), (wanted, *wanted_gradients) = with_gradients(on_mesh), with_gradients(on_one)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compile
 from conftest import ROOT, quick_jit
 from flax import nnx
 
@@ -188,10 +189,9 @@ def test_baselines_compute_the_same(name, method):
 
 def run_script(*arguments: str, name: str = "train_step.py") -> subprocess.CompletedProcess:
     # Compiled without optimizations: what is tested here is that all fits together, and no time of it is read.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": quick_compile.FLAGS},
         cwd=ROOT,
         capture_output=True,
         text=True,

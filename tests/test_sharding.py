@@ -19,11 +19,12 @@ from wavelet_jax.errors import UserError
 # every target of a batch, by the evaluation step.
 LOSSES = """
 import json, sys, jax, numpy as np
+sys.path.append("tests")
+import quick_compile
 from configs import smoke
 from wavelet_jax import sharding, training
 
 method, steps, dropout, changes, shapes = json.loads(sys.argv[1])
-quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # most of the time is compilation
 tokens = np.random.default_rng(0).integers(0, 257, (steps, 2, 8, 65)).astype(np.int32)
 for shape in shapes:
     config = smoke.get_config(method)
@@ -36,12 +37,12 @@ for shape in shapes:
     graphdef, state, abstract_state = training.init(config, 257, mesh)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract_state), strict=True):
         assert leaf.sharding == wanted.sharding
-    train_step = jax.jit(training.make_train_step(config, graphdef, mesh), compiler_options=quick)
+    train_step = jax.jit(training.make_train_step(config, graphdef, mesh), compiler_options=quick_compile.OPTIONS)
     losses = []
     for batch in tokens:
         state, metrics = train_step(state, jax.device_put(batch, sharding.batch_sharding(mesh, leading=1)))
         losses.append(float(metrics["loss"]))
-    eval_step = jax.jit(training.make_eval_step(config, graphdef, mesh), compiler_options=quick)
+    eval_step = jax.jit(training.make_eval_step(config, graphdef, mesh), compiler_options=quick_compile.OPTIONS)
     by_token = eval_step(state.params, jax.device_put(tokens[0, 0], sharding.batch_sharding(mesh)))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))

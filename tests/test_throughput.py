@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compile
 
 from configs import smoke
 from configs.paper import llama2
@@ -183,7 +184,6 @@ def test_peaks(monkeypatch):
 
 # -- labels and traces ------------------------------------------------------------------------------------------------
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as conftest's quick_jit
 LABELS = ("embedding", "block_0/attention", "block_0/feed_forward", "final_norm", "head", "loss", "optimizer")
 
 
@@ -198,7 +198,7 @@ def program():
     state = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding), abstract_state)
     tokens = jax.device_put(np.zeros((1, 4, 33), np.int32), sharding.batch_sharding(mesh, leading=1))
     lowered = training.jit_train_step(config, graphdef, abstract_state, mesh).lower(state, tokens)
-    return lowered.compile(QUICK), state, tokens
+    return lowered.compile(quick_compile.OPTIONS), state, tokens
 
 
 def test_the_compiled_step_has_the_labels_of_its_parts(program):
