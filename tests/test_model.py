@@ -256,6 +256,27 @@ def test_baevski_auli_shape():
     np.testing.assert_allclose(model(ids)[0], x @ embedding.T, atol=5e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"vocabulary": "adaptive", "cutoffs": (20,), "tied_head": True}], ids=str)
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32(changes):
+    """1,000 equal tokens: in bfloat16, 256 + 1 is 256."""
+    ids, targets = jnp.full((1, 1000), 7), jnp.full((1, 1000), 8)
+
+    def gradient(dtype: str) -> np.ndarray:
+        graphdef, state = nnx.split(make_model("nope", dtype=dtype, attention_backend="reference", **changes))
+
+        def loss(state):
+            model = nnx.merge(graphdef, state)
+            return jnp.mean(model.losses(model.hidden(ids), targets))
+
+        embedding = quick_jit(jax.grad(loss))(state)["embedding"]
+        table = embedding["words"][0] if changes else embedding["embedding"]
+        return np.asarray(table[...], np.float64)[7]
+
+    wanted, found = gradient("float32"), gradient("bfloat16")
+    # bfloat16 rounds by 2^-9 at each of some ten operations between the embedding and the loss.
+    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("method", ["wavelet", "shaw"])
 @pytest.mark.parametrize("attention", [{"attention_dropout": 0.1}, {"attention_backend": "tiled"}])
 def test_rematerialisation_changes_no_gradient(method, attention):

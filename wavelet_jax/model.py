@@ -166,11 +166,13 @@ class Decoder(nnx.Module):
         self.kv_shape = (config.model.num_kv_heads, config.model.head_dim)
         self.method = make_position(config)
         self.adaptive = config.model.vocabulary == "adaptive"
+        # Rows are taken in float32 and then cast: the gradient of a row is a sum over all of its tokens, and in bfloat16
+        # a thousand ones add up to 256.
         self.embedding = (
             AdaptiveVocabulary(config, vocab_size, kernel_init=INITIALIZERS[config.model.initializer], rngs=rngs)
             if self.adaptive
             else nnx.Embed(
-                vocab_size, width, dtype=self.dtype, embedding_init=nnx.initializers.normal(width**-0.5), rngs=rngs
+                vocab_size, width, dtype=jnp.float32, embedding_init=nnx.initializers.normal(width**-0.5), rngs=rngs
             )
         )
         # Methods without parameters of their own for each layer have one set here, maybe empty.
@@ -291,7 +293,7 @@ class Decoder(nnx.Module):
             keys = jax.random.split(dropout_key, len(keys))
 
         with jax.named_scope("embedding"):
-            x_BxTxE = self.embedding(tokens_BxT) * self.embedding_scale
+            x_BxTxE = self.embedding(tokens_BxT).astype(self.dtype) * self.embedding_scale
             if embed is not None:
                 first = np.ndim(query_positions) == 0
                 positions = query_positions + np.arange(tokens_BxT.shape[1]) if first else query_positions
