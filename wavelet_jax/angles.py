@@ -28,9 +28,10 @@ def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     """
     positions = jnp.asarray(positions)[..., None]
     frequencies = np.asarray(frequencies, np.float64)
+    along_last = (1,) * (positions.ndim - 1) + (-1,)  # of one rank with the positions: JAX can be told to promote none
     if not jnp.issubdtype(positions.dtype, jnp.integer):
-        return positions.astype(jnp.float32) * frequencies.astype(np.float32)
-    whole, fraction = _units(tuple(frequencies.tolist()))
+        return positions.astype(jnp.float32) * frequencies.astype(np.float32).reshape(along_last)
+    whole, fraction = (units.reshape(along_last) for units in _units(tuple(frequencies.tolist())))
     wrapped = positions.astype(jnp.uint32) * whole
     # |fraction| <= 1/2, so this float32 product is wrong by 3 * 2^6 units of 2^-32 turns at most.
     correction = jnp.round(positions.astype(jnp.float32) * fraction).astype(jnp.int32)

@@ -168,9 +168,13 @@ def discrete_position(
         raise UserError(f"distances of discrete wavelets must be integers, not {distance.dtype}")
     columns = _columns(wavelet, tuple(levels.tolist()), sampling, origin)
     ahead = columns.origin + (-shifts if t_sign == "m-n" else shifts)
+    # Of one rank with the distances: JAX can be told to promote none.
+    ahead, length, start = (
+        jnp.asarray(x, jnp.int32).reshape((1,) * distance.ndim + (-1,)) for x in (ahead, columns.length, columns.start)
+    )
     # A sum past int32 wraps to the other end of it, which is as far outside of the samples.
-    index = jnp.clip(distance.astype(jnp.int32)[..., None] + ahead, -1, columns.length)
-    return jnp.asarray(columns.values).at[columns.start + 1 + index].get(mode="promise_in_bounds")
+    index = jnp.clip(distance.astype(jnp.int32)[..., None] + ahead, -1, length)
+    return jnp.asarray(columns.values).at[start + 1 + index].get(mode="promise_in_bounds")
 
 
 def support(

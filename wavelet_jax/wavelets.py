@@ -2,7 +2,7 @@
 
 Oka, Hasegawa, Nishida, Saito, "Wavelet-based Positional Representation for Long Context" (ICLR 2025,
 arXiv 2502.02004), section 5; equation numbers are the paper's. Everything here is a pure function that works
-under jit, vmap and grad, and needs nothing of this package but `angles` and `errors`.
+under jit, vmap and grad, and needs nothing of this package but `angles`, `concrete` and `errors`.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.angles import angle
+from wavelet_jax.concrete import concretely
 from wavelet_jax.errors import UserError, unknown
 
 # exp(-x^2 / 2) is 0 past here in float32 and in float64. Clipping keeps x^2 finite: (1 - inf) * 0 is NaN.
@@ -187,7 +188,7 @@ def _reach(mother: str | Callable, tolerance: float) -> float:
     x = np.linspace(-_FAR, _FAR, 80_001)
     # A Morlet's envelope is the Gaussian, whatever its scale.
     psi = gaussian if mother == "morlet" else MOTHERS.get(mother, mother)
-    with jax.ensure_compile_time_eval():
+    with concretely():
         heights = np.abs(np.asarray(jax.vmap(psi)(jnp.asarray(x, jnp.float32))))
     if max(heights[0], heights[-1]) >= tolerance:
         return np.inf

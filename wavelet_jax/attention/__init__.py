@@ -185,22 +185,16 @@ def attention(
             distance = query_positions[..., :, None] - key_positions[..., None, :]  # [T, S] or [B, T, S]
             if backend == "auto":
                 _check_memory(reference.array_shapes(batch, num_heads, terms, distance.shape), call)
-            visible = distance >= 0 if causal else jnp.ones_like(distance, bool)
-            if window is not None:
-                visible &= jnp.abs(distance) < window
-            if segment_ids is not None:
-                visible = visible & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])
-            visible = visible[..., None, :, :]  # [1, T, S] or [B, 1, T, S]
-            if mask is not None:
-                visible = visible & mask
-            group = num_heads // num_kv_heads
             return reference.attention(
                 query_BxTxHxD,
-                jnp.repeat(key_BxSxKxD, group, axis=2),
-                jnp.repeat(value_BxSxKxD, group, axis=2),
+                key_BxSxKxD,
+                value_BxSxKxD,
                 terms,
                 distance,
-                visible,
+                causal=causal,
+                window=window,
+                segment_ids=segment_ids,
+                mask=mask,
                 dropout_rate=dropout_rate,
                 dropout_key=dropout_key,
             )

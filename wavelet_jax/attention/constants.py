@@ -4,14 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wavelet_jax.concrete import concretely
 from wavelet_jax.positions.terms import Terms
 
 
-def evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray | None:
-    """relative_keys of the distances highest, highest - 1, .., lowest: [n, D] or [H, n, D]; None where it is traced."""
-    with jax.ensure_compile_time_eval():
-        table = terms.relative_keys(jnp.arange(highest, lowest - 1, -1, dtype=jnp.int32))
-    return None if isinstance(table, jax.core.Tracer) else np.asarray(table)
+def are_known(terms: Terms) -> bool:
+    """Whether the numbers of relative_keys are known while tracing: there is one, and it reads nothing that is traced.
+
+    An array that lies on several devices is as good as traced: to read it would be a program for all of them.
+    """
+    if terms.relative_keys is None:
+        return False
+    reads = jax.make_jaxpr(terms.relative_keys)(jax.ShapeDtypeStruct((1,), jnp.int32)).consts
+    arrays = [x for x in reads if isinstance(x, jax.Array)]
+    return not any(isinstance(x, jax.core.Tracer) or len(x.sharding.device_set) > 1 for x in arrays)
+
+
+def evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray:
+    """relative_keys, which are known, of the distances highest, highest - 1, .., lowest: [n, D] or [H, n, D]."""
+    with concretely():
+        return np.asarray(terms.relative_keys(jnp.arange(highest, lowest - 1, -1, dtype=jnp.int32)))
 
 
 def reach(terms: Terms, tolerance: float, margin: int) -> int | None:

@@ -9,20 +9,21 @@ the band is added at its place. Its arithmetic is the same whatever S is.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wavelet_jax.attention import constants, factors
+from wavelet_jax.attention import common, constants, factors
 from wavelet_jax.attention.call import Call, consecutive_only
 from wavelet_jax.attention.tiled import FURTHEST_FACTORS, default_tolerance
 from wavelet_jax.attention.tiles import skew, split_heads, unskew
 from wavelet_jax.positions.terms import Terms
 
 # As in the definition. Decoding waits for memory, so full precision costs nothing.
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
+_einsum = functools.partial(common.einsum, precision="highest")
 
 
 def obstacles(call: Call) -> list[str]:
@@ -56,24 +57,19 @@ def attention(
     Returns:
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
     """
-    (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
-    weights = probabilities(
-        query_BxTxHxD,
-        key_BxSxKxD,
-        terms,
-        offset=offset,
-        causal=causal,
-        segment_ids=segment_ids,
-        window=window,
-        far_tolerance=far_tolerance,
-    )
-    with jax.named_scope("values"):
-        out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value_BxSxKxD.dtype), value_BxSxKxD)
-        if terms.relative_values is not None:
-            distances = _distances(T, S, _clamped(offset, T, causal), causal)
-            table, heads = _by_kv_head(terms.relative_values(distances), 3, K)
-            out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
-    return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value_BxSxKxD.dtype)
+    added, band, offset, window = _prepare(query_BxTxHxD, key_BxSxKxD, terms, offset, causal, window, far_tolerance)
+
+    def attend(query, key, value, added, offset, segment_ids):
+        (batch, T, H, D), K = query.shape, key.shape[2]
+        weights = _weights(query, key, added, band, offset, causal, window, segment_ids)
+        with jax.named_scope("values"):
+            out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+            if added.relative_values is not None:
+                table, heads = _by_kv_head(added.relative_values, 3, K)
+                out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
+        return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value.dtype)
+
+    return common.in_auto_mode(attend, query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, offset, segment_ids)
 
 
 def probabilities(
@@ -87,41 +83,79 @@ def probabilities(
     window: int | None = None,
     far_tolerance: float | None = None,
 ) -> jax.Array:
-    """The weights that `attention` gives the values, [B, K, H/K, T, S] float32; arguments as there.
+    """The weights that `attention` gives the values, [B, K, H/K, T, S] float32; its arguments, without the values.
 
     Rows sum to 1, or to 0 for a query that sees no key.
     """
-    (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    added, band, offset, window = _prepare(query_BxTxHxD, key_BxSxKxD, terms, offset, causal, window, far_tolerance)
+    return _weights(query_BxTxHxD, key_BxSxKxD, added, band, offset, causal, window, segment_ids)
+
+
+class _Band(NamedTuple):
+    """A constant `relative_keys` within its support."""
+
+    near: factors.Near
+    furthest: int  # the distance of its first row
+
+
+def _prepare(
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    terms: Terms,
+    offset: int | jax.Array,
+    causal: bool,
+    window: int | None,
+    far_tolerance: float | None,
+) -> tuple[common.Added, _Band | None, jax.Array, int | None]:
+    """(what the terms add at all distances, or their band; the offset, int32; the window, None where it hides nothing).
+
+    `relative_keys` are in the band where there is one, and else among what is added.
+    """
+    T, S = query_BxTxHxD.shape[1], key_BxSxKxD.shape[1]
     if far_tolerance is None:
         far_tolerance = default_tolerance(query_BxTxHxD.dtype)
     if window is not None and not isinstance(offset, jax.Array) and max(offset + T, S - offset) <= window:
-        window = None  # it hides nothing
+        window = None
     offset = _clamped(offset, T, causal)
-    distances = _distances(T, S, offset, causal)
+    band = _near(terms, T + S, causal, far_tolerance)
+    added = common.evaluate(terms, _distances(T, S, offset, causal), relative_keys=band is None)
+    return added, band, offset, window
 
-    def grouped(query: jax.Array, bias_HxD: jax.Array | None) -> jax.Array:
-        return (query if bias_HxD is None else query + bias_HxD).reshape(batch, T, K, H // K, D)
+
+def _weights(
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    added: common.Added,
+    band: _Band | None,
+    offset: jax.Array,
+    causal: bool,
+    window: int | None,
+    segment_ids: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """The softmax weights, [B, K, G, T, S] float32."""
+    (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+
+    def grouped(bias_HxD: jax.Array | None) -> jax.Array:
+        return common.plus_bias(query_BxTxHxD, bias_HxD).reshape(batch, T, K, H // K, D)
 
     with jax.named_scope("scores"):
-        scores_BxKxGxTxS = _einsum("btkgd,bskd->bkgts", grouped(query_BxTxHxD, terms.content_bias), key_BxSxKxD)
-        if terms.relative_keys is not None:
-            query = grouped(query_BxTxHxD, terms.position_bias)
-            found = _near(terms, T + S, causal, far_tolerance)
-            if found is None:
-                table, heads = _by_kv_head(terms.relative_keys(distances), 3, K)
-                scores_BxKxGxTxS += skew(_einsum(f"btkgd,{heads}ed->bkgte", query, table), S)
-            else:
-                near, furthest = found
-                if near.project is not None:
-                    project, heads = _by_kv_head(near.project, 3, K)
-                    query = _einsum(f"btkgd,{heads}dc->btkgc", query, project)
-                rows, heads = _by_kv_head(near.rows, 3, K)
-                band = _einsum(f"btkgc,{heads}ec->bkgte", query, rows)
-                scores_BxKxGxTxS = _add_band(scores_BxKxGxTxS, band, furthest, offset)
+        scores_BxKxGxTxS = _einsum("btkgd,bskd->bkgts", grouped(added.content_bias), key_BxSxKxD)
+        if added.relative_keys is not None:
+            table, heads = _by_kv_head(added.relative_keys, 3, K)
+            G = _einsum(f"btkgd,{heads}ed->bkgte", grouped(added.position_bias), table)
+            scores_BxKxGxTxS += skew(G, S)
+        if band is not None:
+            query = grouped(added.position_bias)
+            if band.near.project is not None:
+                project, heads = _by_kv_head(band.near.project, 3, K)
+                query = _einsum(f"btkgd,{heads}dc->btkgc", query, project)
+            rows, heads = _by_kv_head(band.near.rows, 3, K)
+            G = _einsum(f"btkgc,{heads}ec->bkgte", query, rows)
+            scores_BxKxGxTxS = _add_band(scores_BxKxGxTxS, G, band.furthest, offset)
         scores_BxKxGxTxS /= math.sqrt(D)
-        if terms.bias is not None:
-            bias, _ = _by_kv_head(terms.bias(distances), 2, K)  # [K, G, n]
-            scores_BxKxGxTxS += skew(jnp.broadcast_to(bias[..., None, :], (*bias.shape[:2], T, T + S)), S)
+        if added.bias is not None:
+            bias, _ = _by_kv_head(added.bias.astype(jnp.float32), 2, K)  # [K, G, n]
+            scores_BxKxGxTxS += skew(jnp.broadcast_to(bias[..., None, :], (*bias.shape[:2], T, T + S)), S)[None]
 
     with jax.named_scope("softmax"):
         visible = _visible(T, S, offset, causal, window, segment_ids)
@@ -156,13 +190,12 @@ def _distances(T: int, S: int, offset: jax.Array, causal: bool) -> jax.Array:
     return jnp.clip(offset + (T - 1) - jnp.arange(T + S, dtype=jnp.int32), lowest, highest)
 
 
-def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> tuple[factors.Near, int] | None:
-    """A constant relative_keys within its support, and the distance of its first row; None where it is learned, or
-    where that is much past the length.
+def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> _Band | None:
+    """The band of a constant relative_keys; None where it is learned, or where its support is much past the length.
 
     It does not depend on the offset, so that one program serves every step of a decoding.
     """
-    if constants.evaluate(terms, 0, 0) is None:
+    if not constants.are_known(terms):
         return None
     reach = constants.reach(terms, tolerance, margin=1)
     if reach is None or reach > length + FURTHEST_FACTORS:
@@ -174,7 +207,7 @@ def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> tuple[fa
     # The near form of a tile of one row, with all of the support in its local band.
     after = None if causal else -lowest
     plan = {"rows": 1, "block": 1, "before": highest, "after": after, "keys": 1}
-    return factors.factor(table, reach, span=(lowest, highest), tolerance=tolerance, **plan).near, highest
+    return _Band(factors.factor(table, reach, span=(lowest, highest), tolerance=tolerance, **plan).near, highest)
 
 
 def _add_band(scores: jax.Array, band: jax.Array, first: int, offset: jax.Array) -> jax.Array:
@@ -195,7 +228,8 @@ def _add_band(scores: jax.Array, band: jax.Array, first: int, offset: jax.Array)
 
 def _visible(T: int, S: int, offset: jax.Array, causal: bool, window: int | None, segment_ids) -> jax.Array | None:
     """Which keys a query sees, broadcastable to [B, K, G, T, S]; None: all."""
-    distance = offset + (jnp.arange(T, dtype=jnp.int32)[:, None] - jnp.arange(S, dtype=jnp.int32))
+    query, key = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
+    distance = offset + (query[:, None] - key[None])[None, None, None]
     conditions = []
     if causal:
         conditions.append(distance >= 0)

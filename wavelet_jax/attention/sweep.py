@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from wavelet_jax.attention.common import einsum
 from wavelet_jax.attention.tiles import (
     KEPT,
     Inputs,
@@ -16,7 +17,6 @@ from wavelet_jax.attention.tiles import (
     band_start,
     by_distance,
     by_key,
-    einsum,
     letters,
     rows_of,
     scores_of,
@@ -123,8 +123,8 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
             return None, (raised, total, out)
 
         batch, kv_heads, _, *group_rows = queries[0].shape
-        none = jnp.zeros((batch, kv_heads, *group_rows), jnp.float32)
-        start = none - jnp.inf, none, jnp.zeros(queries[0].shape, jnp.float32)
+        none = jnp.zeros_like(queries[0], jnp.float32, shape=(batch, kv_heads, *group_rows))
+        start = none - jnp.inf, none, jnp.zeros_like(queries[0], jnp.float32)
         highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, None, own, start)[1]
         out /= jnp.where(total > 0, total, 1)[:, :, None]
         logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)
@@ -218,7 +218,7 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
         return d, jax.tree.map(lambda d, x: d.astype(x.dtype), d_queries, tuple(queries))
 
     def zeros(arrays):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)
+        return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), arrays)
 
     # Gradients that many query tiles add to are carried; those of the queries come tile by tile. All in float32, and
     # rounded to the inputs' dtype once, at the end.

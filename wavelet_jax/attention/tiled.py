@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavelet_jax.attention import constants, factors
+from wavelet_jax.attention import common, constants, factors
 from wavelet_jax.attention.call import Call, consecutive_only
 from wavelet_jax.attention.sweep import attend
 from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, split_heads
@@ -79,7 +79,7 @@ def attention(
     Returns:
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
     """
-    (batch, num_queries, _, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
+    (_, num_queries, _, head_dim), num_keys = query_BxTxHxD.shape, key_BxSxKxD.shape[1]
     if tiles is None:
         tiles = _choose_tiles(num_queries, num_keys, terms)
     if far_tolerance is None:
@@ -104,33 +104,48 @@ def attention(
         plan = dataclasses.replace(
             plan, constants=constant, key_everywhere=terms.relative_keys is not None and not separable
         )
-        by_kv_head = functools.partial(split_heads, num_kv_heads=num_kv_heads)
-        distances = _distances(plan, offset)
-        key_table = by_kv_head(terms.relative_keys(distances), 3) if plan.key_everywhere else None
-        value_table = by_kv_head(terms.relative_values(distances), 3) if terms.relative_values is not None else None
-        bias_table = by_kv_head(terms.bias(distances), 2) / plan.scale if terms.bias is not None else None
+        added = common.evaluate(terms, _distances(plan, offset), relative_keys=plan.key_everywhere)
+    # With constant factors too: they are of the queries with the position bias.
+    has_relative_keys = terms.relative_keys is not None
+    arrays = query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, jnp.asarray(offset, jnp.int32), segment_ids
+    return common.in_auto_mode(functools.partial(_in_tiles, plan, has_relative_keys), *arrays)
 
-    content, position = query_BxTxHxD, None
-    if terms.content_bias is not None:
-        content = query_BxTxHxD + terms.content_bias
-    if terms.relative_keys is not None and (terms.content_bias is not None or terms.position_bias is not None):
-        position = query_BxTxHxD if terms.position_bias is None else query_BxTxHxD + terms.position_bias
+
+def _in_tiles(
+    plan: Plan,
+    has_relative_keys: bool,
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    value_BxSxKxD: jax.Array,
+    added: common.Added,
+    offset: jax.Array,
+    segment_ids: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """`attention` with everything known of it in a plan, and what the terms add as tables over all distances."""
+    batch, num_queries, num_kv_heads, rows = *query_BxTxHxD.shape[:2], key_BxSxKxD.shape[2], plan.tiles.rows
+    content, position = common.plus_bias(query_BxTxHxD, added.content_bias), None
+    if has_relative_keys and (added.content_bias is not None or added.position_bias is not None):
+        position = common.plus_bias(query_BxTxHxD, added.position_bias)
     pad = [(0, 0), (0, 0), plan.padding, (0, 0)]
+
+    def by_kv_head(table: jax.Array | None, with_heads: int) -> jax.Array | None:
+        return None if table is None else split_heads(table, with_heads, num_kv_heads)
+
     inputs = Inputs(
-        _cut(content, tiles.rows, num_kv_heads),
-        None if position is None else _cut(position, tiles.rows, num_kv_heads),
+        _cut(content, rows, num_kv_heads),
+        None if position is None else _cut(position, rows, num_kv_heads),
         jnp.pad(jnp.moveaxis(key_BxSxKxD, 1, 2), pad),
         jnp.pad(jnp.moveaxis(value_BxSxKxD, 1, 2), pad),
-        key_table,
-        value_table,
-        bias_table,
+        by_kv_head(added.relative_keys, 3),
+        by_kv_head(added.relative_values, 3),
+        None if added.bias is None else by_kv_head(added.bias, 2) / plan.scale,
     )
     if segment_ids is not None:
         query_segments, key_segments = segment_ids
-        row_padding = -num_queries % tiles.rows
-        query_segments = jnp.pad(query_segments, [(0, 0), (0, row_padding)]).reshape(batch, -1, tiles.rows)
+        query_segments = jnp.pad(query_segments, [(0, 0), (0, -num_queries % rows)]).reshape(batch, -1, rows)
         segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), plan.padding])
-    out_NxBxKxDxGxU = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
+    inputs, segment_ids, _ = common.vary_together(inputs, segment_ids, offset)
+    out_NxBxKxDxGxU = attend(plan, inputs, offset, segment_ids)
     out = einops.rearrange(out_NxBxKxDxGxU, "n b k d g u -> b (n u) (k g) d")
     return out[:, :num_queries]
 
@@ -147,7 +162,7 @@ def default_tolerance(dtype: jnp.dtype) -> float:
 def _choose_tiles(num_queries: int, num_keys: int, terms: Terms) -> Tiles:
     kind = "nothing"
     if terms.relative_keys is not None or terms.relative_values is not None or terms.bias is not None:
-        constant = terms.relative_keys is not None and constants.evaluate(terms, 0, 0) is not None
+        constant = constants.are_known(terms)
         kind = "constant keys" if constant else "tables"
     tiles = TILES[kind]
 
@@ -195,7 +210,7 @@ def _distances(plan: Plan, offset: int | jax.Array) -> jax.Array:
 
 def constants_of(plan: Plan, terms: Terms, tolerance: float) -> factors.Factors | None:
     """Factors of a constant `relative_keys`; None where there is none, it is learned, or its reach is not known."""
-    if terms.relative_keys is None or constants.evaluate(terms, 0, 0) is None:
+    if not constants.are_known(terms):
         return None
     margin = plan.tiles.rows + plan.overhang  # tiles hold distances that no query and key have
     lowest, highest = (-_FAR_AWAY, _FAR_AWAY) if plan.offset is None else _span(plan, plan.offset)

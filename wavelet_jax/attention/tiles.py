@@ -18,13 +18,11 @@ import numpy as np
 from jax import lax
 
 from wavelet_jax.attention import factors
+from wavelet_jax.attention.common import einsum
 
 # The name, for the policies of `jax.checkpoint`, of what a forward pass makes that the backward pass cannot do without:
 # the output and the logarithm of its sums. Where these are saved, no score is computed a third time.
 KEPT = "attention"
-
-# Products are accumulated in float32, whatever the dtype of their operands.
-einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +273,8 @@ def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array:
 
 def _visible(plan: Plan, tile: Tile, row_segments, key_segments, hides: bool) -> jax.Array | None:
     """What is hidden in a tile beyond what the near forms hide; None where that is nothing."""
-    key, row = jnp.arange(tile.width)[:, None, None], jnp.arange(tile.rows)  # [V, 1, 1] and [U]
+    key = jnp.arange(tile.width, dtype=jnp.int32).reshape(1, 1, -1, 1, 1)
+    row = jnp.arange(tile.rows, dtype=jnp.int32).reshape(1, 1, 1, 1, -1)
     distance = tile.first + row - key
     conditions = []
     if tile.side is None and plan.causal and not hides:

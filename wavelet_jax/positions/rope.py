@@ -35,6 +35,7 @@ def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, l
     if layout not in LAYOUTS:
         raise unknown("RoPE layout", layout, LAYOUTS)
     angles = angle(positions, frequencies(x_BxTxHxD.shape[-1], theta))[..., None, :]  # [.., T, 1, D/2]
+    angles = angles.reshape((1,) * (x_BxTxHxD.ndim - angles.ndim) + angles.shape)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x = x_BxTxHxD.astype(jnp.float32)
     if layout == "half_split":

@@ -1,0 +1,104 @@
+"""What every backend needs: arrays of one type wherever the caller runs, and sums and products of stated types."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+
+from wavelet_jax.positions.terms import Terms
+
+
+def in_auto_mode(function: Callable[..., jax.Array], query: jax.Array, *others) -> jax.Array:
+    """`function(query, *others)` with XLA dividing the work, also where the caller's mesh has Explicit axes.
+
+    On Explicit axes (the default of `jax.make_mesh`) every intermediate has a stated sharding, and an operation whose
+    sharding is ambiguous is an error: splitting grouped heads, cutting tiles, adding a table to the scores of a shard.
+    None of that is the caller's business, so only what goes in and out has such a type. Without Explicit axes the
+    function is called as it is.
+
+    Args:
+      function: returns one array of the query's shape.
+      query: its sharding is the result's.
+      *others: arrays, or trees of them; closures must hold none that is traced.
+    """
+    sharding = jax.typeof(query).sharding
+    mesh = sharding.mesh
+    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == _EXPLICIT)
+    if not explicit:
+        return function(query, *others)
+    with jax.sharding.use_abstract_mesh(mesh):
+        out = NamedSharding(mesh, sharding.spec)
+        return jax.jit(jax.sharding.auto_axes(function, axes=explicit, out_sharding=out))(query, *others)
+
+
+_EXPLICIT = AxisType.Explicit
+
+
+def vary_together(*arrays):
+    """The same arrays (trees of them), each varying over all manual mesh axes that any of them varies over.
+
+    Inside `jax.shard_map` JAX tracks the axes along which a value may differ between devices, and the carry of a loop
+    must keep one such type. Where an array was the same on all devices its gradient is summed over them, by the
+    transpose of `lax.pcast`.
+    """
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varying(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+class Added(NamedTuple):
+    """What a position method adds to attention, as arrays: its functions of the distance, evaluated. None: nothing."""
+
+    relative_keys: jax.Array | None  # [..distances.., D] or [H, ..distances.., D]
+    relative_values: jax.Array | None  # the same
+    content_bias: jax.Array | None  # [H, D]
+    position_bias: jax.Array | None  # [H, D]
+    bias: jax.Array | None  # [H, ..distances..]
+
+
+def evaluate(terms: Terms, distances: jax.Array, *, relative_keys: bool = True) -> Added:
+    """The terms at these distances, int32 [...]; without `relative_keys` where they come in another form."""
+
+    def at(function: Callable | None) -> jax.Array | None:
+        return None if function is None else function(distances)
+
+    return Added(
+        at(terms.relative_keys) if relative_keys else None,
+        at(terms.relative_values),
+        terms.content_bias,
+        terms.position_bias,
+        at(terms.bias),
+    )
+
+
+def einsum(letters: str, x: jax.Array, y: jax.Array, precision: str | None = None) -> jax.Array:
+    """A product accumulated in float32, whatever the types of its operands; they are taken in the wider of both."""
+    dtype = _wider(x, y)
+    return jnp.einsum(
+        letters, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def plus_bias(x_BxTxHxD: jax.Array, bias_HxD: jax.Array | None) -> jax.Array:
+    """Queries with a bias for each head and dimension, in the wider of both types; as they are without one."""
+    if bias_HxD is None:
+        return x_BxTxHxD
+    dtype = _wider(x_BxTxHxD, bias_HxD)
+    return x_BxTxHxD.astype(dtype) + bias_HxD.astype(dtype)[None, None]
+
+
+def _wider(x: jax.Array, y: jax.Array) -> jnp.dtype:
+    """The type in which both fit, by JAX's own rules, also where the caller has those rules forbidden."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x.dtype, y.dtype)
