@@ -15,9 +15,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, processes, runs, scored_text
+from wavelet_jax import checkpoint, forecast, processes, runs, saved_config, scored_text
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
@@ -38,20 +39,6 @@ COLUMNS = (
     "ci_high",
 )
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
-# Keys that an evaluation reads and the first versions' runs did not have.
-LATER_KEYS = (
-    "eval.prefill_chunk",
-    "eval.sequences",
-    "eval.sequence_seed",
-    "data.threads",
-    "data.tokenizer_file",
-    "data.validation_text_field",
-    "compare.label",
-    "optimizer.name",
-    "optimizer.warmup_start",
-    "model.vocabulary",
-    "model.adaptive_dropout",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,15 +188,9 @@ def evaluate(
     Raises:
       UserError: before anything is computed or written, for what cannot be evaluated.
     """
-    configs = [runs.load_config(workdir) for workdir in workdirs]
-    for config, workdir in zip(configs, workdirs, strict=True):
+    configs = load_configs(workdirs)
+    for config in configs:
         config.eval.update(changes or {})
-        there = runs.flatten(config)
-        missing = [key for key in LATER_KEYS if key not in there]
-        if missing:
-            raise UserError(
-                f"{workdir}/config.json is of an earlier version, without {', '.join(missing)}: set them there"
-            )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, text = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride, other_text=other_text)
@@ -276,6 +257,17 @@ def evaluate(
         print(table(curves, stamp), f"scored: {stamp['text']}", sep="\n")
         print("\nwritten:", *(out / name for name in WRITTEN), sep="\n  ")
     return curves
+
+
+def load_configs(workdirs: Sequence[Path]) -> list[ConfigDict]:
+    """The configs of runs, to be evaluated. Keys that this version does not have are named in a warning."""
+    configs = [runs.load_config(workdir) for workdir in workdirs]
+    for config, workdir in zip(configs, workdirs, strict=True):
+        if unread := saved_config.unread(config):
+            logging.warning(
+                "%s has keys that this version does not read: %s", workdir / "config.json", ", ".join(unread)
+            )
+    return configs
 
 
 def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
@@ -349,7 +341,8 @@ def check(
                 "eval.resamples": (config.eval.resamples, 1),
             }
         )
-        longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
+        train_length = config.train.length  # read for every protocol: all results tell it
+        longest = min(max(lengths), train_length) if protocol == "non_overlapping" else max(lengths)
         method = make_position(config)
         try:
             check_positions(longest, method.terms(method.init(jax.random.key(0))).max_positions)

@@ -11,13 +11,12 @@ are in `paper_results.csv` beside this file.
 import csv
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absl import flags
 
-from wavelet_jax import cli, runs
+from wavelet_jax import cli, files, runs
 from wavelet_jax.errors import UserError, unknown
 
 RESULTS = flags.DEFINE_multi_string("results", [], "folder with an extrapolation.csv; once for every one to compare")
@@ -186,17 +185,25 @@ def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
     columns = {
         field.name: ((renamed or {}).get(field.name, field.name), field.type) for field in dataclasses.fields(of)
     }
-    with file.open(newline="") as stream:
+    lines = []
+    with file.open(encoding="utf-8-sig", newline="") as stream:  # some programs put a byte order mark before the header
         reader = csv.DictReader(stream)
-        missing = [column for column, _ in columns.values() if column not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(f"{file} has no column {', '.join(missing)}: is it an extrapolation.csv?")
-        lines = []
-        for line in reader:
-            try:
-                lines.append(of(**{name: kind(line[column]) for name, (column, kind) in columns.items()}))
-            except (TypeError, ValueError):
-                raise UserError(f"{file}, line {reader.line_num}: cut short, or no number where one belongs") from None
+        try:
+            missing = [column for column, _ in columns.values() if column not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{file} has no column {', '.join(missing)}: is it an extrapolation.csv?")
+            for line in reader:
+                values = {name: kind(line[column]) for name, (column, kind) in columns.items()}
+                if not all(isinstance(value, str) or value > 0 for value in values.values()):
+                    raise ValueError("a number that cannot be")
+                lines.append(of(**values))
+        except UserError:
+            raise
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not a text file in UTF-8: save it as CSV in UTF-8") from None
+        except (TypeError, ValueError, csv.Error):
+            place = f"line {reader.reader.line_num}"  # its own is that of the last line that it could read
+            raise UserError(f"{file}, {place}: cut short, or no number above 0 where one belongs") from None
     if not lines:
         raise UserError(f"{file} has no lines: evaluate again")
     return lines
@@ -239,7 +246,7 @@ def _stamp(folder: Path) -> str:
     if not stamp.is_file():
         return ""
     try:
-        says = json.loads(stamp.read_text())
+        says = files.read_json(stamp)
         return f"{folder}: {says['tokens_scored']:,} tokens scored, {says['tokenizer']} tokenizer"
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{stamp} is damaged: evaluate again, or remove it") from None

@@ -65,7 +65,7 @@ def analyse(
     Raises:
       UserError: before anything is computed or written, for what cannot be done.
     """
-    configs = [runs.load_config(workdir) for workdir in workdirs]
+    configs = evaluation.load_configs(workdirs)
     runs.check_folder(out)
     runs.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
     for threshold in thresholds:

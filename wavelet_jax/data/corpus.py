@@ -23,6 +23,7 @@ from absl import logging
 
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
 from wavelet_jax.errors import UserError, check_local
+from wavelet_jax.files import read_json
 
 _FORMAT = 2  # raise it when other code would make other tokens of the same text
 _TMP = ".tmp-"
@@ -291,9 +292,9 @@ def _open(config, folder: Path, sha256: Callable[[str | Path], str]) -> Corpus |
     if not folder.exists():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json")
         # Finds what a size cannot show.
-        if _fingerprint(folder, meta["dtype"], sha256) != meta["fingerprint"]:
+        if _fingerprint(folder, str(meta["dtype"]), sha256) != meta["fingerprint"]:
             raise ValueError("its files are not those that were written")
         tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
         streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))

@@ -5,7 +5,6 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import lzma
 import os
 import sys
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from wavelet_jax.data import tfds_sets
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import parse_json
 
 SOURCES = ("python", "text", "jsonl")  # and "tfds:NAME"
 DOCUMENTS = ("file", "line", "paragraph")
@@ -192,9 +192,9 @@ def _split(config, split: str, file: str, text: io.TextIOWrapper) -> Iterator[st
 def _json_text(line: str, field: str, key: str, place: str) -> str:
     """The text in a field of one JSON line; the key that named the field and `place` are for errors."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place} is not JSON ({error}): set config.data.source to 'text' for plain text") from error
+        record = parse_json(line, place)
+    except UserError as error:
+        raise UserError(f"{error}: set config.data.source to 'text' for plain text") from error
     if not isinstance(record, dict):
         raise UserError(
             f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} ({key})"
