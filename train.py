@@ -150,6 +150,7 @@ def compare(
     evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
         runs.check_config(directory, each)
+    evaluation.check_memory(configs, workdirs, lengths=lengths, protocol=protocol)
     for each, directory in zip(configs, workdirs, strict=True):
         train(each, directory, stop, profile_steps)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
@@ -160,6 +161,7 @@ def main() -> None:
     variants = cli.variants(config, "config")
     for each in (config, *variants.values()):
         runs.check_numbers(each)
+        evaluation.check_settings(each)
         check_packing(each)  # tokenising may take long
     plan.check_flags()
     if plan.COMPILE_ONLY.value:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from absl import flags
 
-from wavelet_jax import cli, files, runs
+from wavelet_jax import cli, files, results, runs
 from wavelet_jax.errors import UserError, unknown
 
 RESULTS = flags.DEFINE_multi_string("results", [], "folder with an extrapolation.csv; once for every one to compare")
 OUT = flags.DEFINE_string("out", None, "folder for comparison.csv and comparison.png; none: print only")
 
+WRITTEN = ("comparison.csv", "comparison.png")
 FILE = Path(__file__).with_name("paper_results.csv")
 
 
@@ -167,17 +168,22 @@ def _cell(pair: Pair | None, at_training: Pair | None) -> str:
     return f"{pair.ours.perplexity:.2f} [{ours:.2f}] | {pair.paper.perplexity:.2f}{mark} [{paper:.2f}]"
 
 
-def write(pairs: Sequence[Pair], out: Path) -> None:
-    """Writes comparison.csv and comparison.png into `out`."""
-    from wavelet_jax import figures  # matplotlib takes a second to import
-
+def write(pairs: Sequence[Pair], out: Path) -> list[str]:
+    """Writes comparison.csv and comparison.png into `out`; see `results.write` for what is returned."""
     lines = [pair.line() for pair in pairs]
-    with runs.written_together(out) as partial:
-        with (partial / "comparison.csv").open("w", newline="") as file:
+
+    def table(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
             writer.writerows(lines)
-        figures.beside_paper(pairs, partial / "comparison.png")
+
+    def picture(path: Path) -> None:
+        from wavelet_jax import figures
+
+        figures.beside_paper(pairs, path)
+
+    return results.write(out, {"comparison.csv": table}, {"comparison.png": picture})
 
 
 def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
@@ -268,8 +274,10 @@ def main() -> None:
     if left_out:
         print(f"\nwithout a counterpart in the paper: {', '.join(left_out)}")
     if OUT.value:
-        write(pairs, Path(OUT.value))
-        print("\nwritten:", *(Path(OUT.value) / name for name in ("comparison.csv", "comparison.png")), sep="\n  ")
+        out = Path(OUT.value)
+        failures = write(pairs, out)
+        print("\nwritten:", *(out / name for name in WRITTEN if (out / name).exists()), sep="\n  ")
+        results.check_drawn(failures, out)
 
 
 if __name__ == "__main__":
