@@ -19,8 +19,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from wavelet_jax import checkpoint, forecast, processes, results, runs, saved_config, scored_text
-from wavelet_jax.data import Corpus, load_corpus
+from wavelet_jax.data import Corpus, anchor_paths, check_files, load_corpus
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import MissingFile
 from wavelet_jax.model import make_position
 from wavelet_jax.positions.absolute import check_positions
 from wavelet_jax.scored_text import ScoredText
@@ -178,6 +179,7 @@ def evaluate(
     stride: int = 0,
     changes: Mapping[str, int] | None = None,
     other_text: Mapping[str, str] | None = None,
+    data_root: Path | None = None,
 ) -> list[Curve]:
     """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
 
@@ -191,11 +193,12 @@ def evaluate(
       stride: of the sliding window, tokens; 0 for half of each length.
       changes: values of keys of `config.eval` instead of the runs' own.
       other_text: values of keys of `config.data` that name another validation text, read by the runs' tokenizer.
+      data_root: the folder that relative paths in the runs' `config.data` start from; None: the current one.
 
     Raises:
       UserError: before anything is computed or written, for what cannot be evaluated.
     """
-    configs = load_configs(workdirs)
+    configs = load_configs(workdirs, data_root)
     for config in configs:
         config.eval.update(changes or {})
     lengths = sorted(set(lengths))
@@ -258,10 +261,24 @@ def evaluate(
     return curves
 
 
-def load_configs(workdirs: Sequence[Path]) -> list[ConfigDict]:
-    """The configs of runs, to be evaluated. Keys that this version does not have are named in a warning."""
+def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[ConfigDict]:
+    """The configs of runs, to be evaluated. Keys that this version does not have are named in a warning.
+
+    Relative paths in `config.data` start from `data_root`, or from the current folder.
+
+    Raises:
+      UserError: a config is not there or damaged; a file of its text is not there, and what to do about it.
+    """
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
+        anchor_paths(config, data_root or Path.cwd())
+        try:
+            check_files(config)
+        except MissingFile as error:
+            raise MissingFile(
+                f"{error}; that is what {workdir / 'config.json'} says: for relative paths, --data_root=DIR names the "
+                "folder in which the run was trained; for files that have moved, change config.data there"
+            ) from error
         if unread := saved_config.unread(config):
             logging.warning(
                 "%s has keys that this version does not read: %s", workdir / "config.json", ", ".join(unread)

@@ -8,6 +8,10 @@ from typing import Any
 from wavelet_jax.errors import UserError, check_local
 
 
+class MissingFile(UserError):
+    """A file or folder that a config names is not there."""
+
+
 def user_path(text: str, name: str) -> Path:
     """The path that a user means by `text`: a leading `~` or `~user` is that home folder, as in a shell.
 

@@ -18,6 +18,7 @@ from absl import flags
 
 from wavelet_jax import cli, files, results, runs
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import user_path
 
 RESULTS = flags.DEFINE_multi_string("results", [], "folder with an extrapolation.csv; once for every one to compare")
 OUT = flags.DEFINE_string("out", None, "folder for comparison.csv and comparison.png; none: print only")
@@ -261,9 +262,10 @@ def _stamp(folder: Path) -> str:
 def main() -> None:
     if not RESULTS.value:
         raise UserError("name results: --results=DIR, once or more, folders that a comparison or eval.py --out wrote")
-    if OUT.value:
-        runs.check_folder(Path(OUT.value))
-    folders = [Path(folder) for folder in RESULTS.value]
+    out = user_path(OUT.value, "--out") if OUT.value else None
+    if out:
+        runs.check_folder(out)
+    folders = [user_path(folder, "--results") for folder in RESULTS.value]
     ours, paper = _together(folders), published()
     pairs = match(ours, paper)
     if not pairs:
@@ -273,8 +275,7 @@ def main() -> None:
     left_out = dict.fromkeys(x.row for x in ours if x.row not in {pair.ours.row for pair in pairs})
     if left_out:
         print(f"\nwithout a counterpart in the paper: {', '.join(left_out)}")
-    if OUT.value:
-        out = Path(OUT.value)
+    if out:
         failures = write(pairs, out)
         print("\nwritten:", *(out / name for name in WRITTEN if (out / name).exists()), sep="\n  ")
         results.check_drawn(failures, out)

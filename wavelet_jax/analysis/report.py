@@ -46,6 +46,7 @@ def analyse(
     texts: int,
     pixels: int,
     out: Path,
+    data_root: Path | None = None,
 ) -> list[Path]:
     """Everything that the command says of runs.
 
@@ -58,6 +59,7 @@ def analyse(
       texts: that the gradient is averaged over; 0: no gradient.
       pixels: cells a side of a map, at most.
       out: the folder for the results.
+      data_root: the folder that relative paths in the runs' `config.data` start from; None: the current one.
 
     Returns:
       What was written.
@@ -65,7 +67,7 @@ def analyse(
     Raises:
       UserError: before anything is computed or written, for what cannot be done.
     """
-    configs = evaluation.load_configs(workdirs)
+    configs = evaluation.load_configs(workdirs, data_root)
     runs.check_folder(out)
     runs.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
     for threshold in thresholds:
