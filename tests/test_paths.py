@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 from conftest import ROOT
 
 from configs import default
-from wavelet_jax import checkpoint, cli, evaluation, files, runs, sharding, training
+from wavelet_jax import checkpoint, cli, evaluation, files, paper, runs, sharding, training
 from wavelet_jax.analysis import report
 from wavelet_jax.data import anchor_paths, load_corpus, tokenizers
 from wavelet_jax.errors import UserError
@@ -57,22 +58,28 @@ def test_every_command_takes_a_home_folder(home):
     runs.save_config(home / "run", default.get_config())
     (home / "file").write_text("")
     smoke = f"--config={ROOT}/configs/smoke.py:rope"
-    eval_py, analysis, paper = [str(ROOT / "eval.py")], ["-m", "wavelet_jax.analysis"], ["-m", "wavelet_jax.paper"]
     for command, said in (
         ([str(ROOT / "train.py"), smoke, "--workdir=~/file"], f"{home}/file cannot be used"),
-        ([*eval_py, "--workdir=~/none", "--lengths=64", "--out=~/out"], f"{home}/none holds no run"),
-        ([*eval_py, "--workdir=~/run", "--lengths=64", "--out=~/file"], f"{home}/file cannot be used"),
-        ([*analysis, "--workdir=~/none", "--out=~/out"], f"{home}/none holds no run"),
-        ([*analysis, "--figures", "--out=~/file"], f"{home}/file cannot be used"),
-        ([*paper, "--results=~/none"], f"{home}/none has no extrapolation.csv"),
-        ([*paper, "--results=~/none", "--out=~/file"], f"{home}/file cannot be used"),
-        ([*paper, "--results=~nobody-of-that-name/x"], "the home folder that ~ stands for is not known"),
+        ([str(ROOT / "eval.py"), "--workdir=~/run", "--lengths=64", "--out=~/file"], f"{home}/file cannot be used"),
+        (["-m", "wavelet_jax.analysis", "--workdir=~/run", "--out=~/file"], f"{home}/file cannot be used"),
+        (["-m", "wavelet_jax.paper", "--results=~nobody-of-that-name/x"], "the home folder that ~ stands for is not"),
     ):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert said in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_results_may_be_in_a_home_folder(home, monkeypatch):
+    monkeypatch.setattr(paper, "RESULTS", SimpleNamespace(value=["~/none"]))
+    monkeypatch.setattr(paper, "OUT", SimpleNamespace(value=None))
+    with pytest.raises(UserError, match=f"^{home}/none has no extrapolation.csv"):
+        paper.main()
+    (home / "file").write_text("")
+    monkeypatch.setattr(paper, "OUT", SimpleNamespace(value="~/file"))
+    with pytest.raises(UserError, match=f"^{home}/file cannot be used"):
+        paper.main()
 
 
 def test_every_path_of_the_data_takes_a_home_folder(home, monkeypatch):
