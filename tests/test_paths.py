@@ -36,6 +36,8 @@ def test_a_home_folder(home, monkeypatch):
     assert files.user_path("~", "--out") == home
     assert files.user_path("runs/~x", "--out") == Path("runs/~x")
     assert files.user_path("./~/x", "--out") == Path("~/x")
+    with pytest.raises(UserError, match=r"--out is 'a\\x00b', and no path can have a zero byte"):
+        files.user_path("a\0b", "--out")
     assert files.user_path(f"~{pwd.getpwuid(os.getuid()).pw_name}/x", "--out").is_absolute()
 
 

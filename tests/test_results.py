@@ -168,6 +168,8 @@ def test_an_analysis_is_written_without_its_pictures(tmp_path, monkeypatch):
         ({"eval.max_tokens": -1}, "eval.max_tokens must be at least 0, not -1"),
         ({"eval.batch_tokens": 0}, "eval.batch_tokens must be at least 1, not 0"),
         ({"eval.prefill_chunk": -1}, "eval.prefill_chunk must be at least 0, not -1"),
+        ({"optimizer.warmup_steps": -1}, "optimizer.warmup_steps must be at least 0, not -1"),
+        ({"train.length": 0}, "train.length must be at least 1, not 0"),
         ({"eval.sequences": -1}, "eval.sequences must be at least 0, not -1"),
         ({"compare.label": "two\nlines"}, r"compare.label must be letters that show, in one line, not 'two\nlines'"),
         ({"compare.label": "\x1b[31m"}, r"compare.label must be letters that show, in one line, not '\x1b[31m'"),

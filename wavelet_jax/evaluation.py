@@ -364,8 +364,7 @@ def check(
         raise UserError(f"a run is named twice: {', '.join(map(str, workdirs))}")
     for config, workdir in zip(configs, workdirs, strict=True):
         check_settings(config)
-        train_length = config.train.length  # read for every protocol: all results tell it
-        longest = min(max(lengths), train_length) if protocol == "non_overlapping" else max(lengths)
+        longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
         method = make_position(config)
         try:
             check_positions(longest, method.terms(method.init(jax.random.key(0))).max_positions)
@@ -387,9 +386,11 @@ def check(
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raises `UserError` for the first key of a run's own that no evaluation could use: of `eval`, and its label."""
+    """Raises `UserError` for the first key of a run's own that no evaluation could use."""
     runs.check_least(
         {
+            "train.length": (config.train.length, 1),
+            "optimizer.warmup_steps": (config.optimizer.warmup_steps, 0),  # shapes of a whole state are built
             "eval.max_tokens": (config.eval.max_tokens, 0),
             "eval.batch_tokens": (config.eval.batch_tokens, 1),
             "eval.prefill_chunk": (config.eval.prefill_chunk, 0),

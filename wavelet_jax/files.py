@@ -18,9 +18,11 @@ def user_path(text: str, name: str) -> Path:
     `name` is that of the flag or key, for errors.
 
     Raises:
-      UserError: the home folder is not known; `text` is an address such as gs://bucket/run.
+      UserError: the home folder is not known; `text` is an address such as gs://bucket/run, or holds a zero byte.
     """
     check_local(text)
+    if "\0" in text:
+        raise UserError(f"{name} is {text!r}, and no path can have a zero byte")
     expanded = os.path.expanduser(text)
     # With an empty HOME, Python takes "~/runs" for "/runs".
     own_unknown = text.split("/")[0] == "~" and os.environ.get("HOME") == ""
