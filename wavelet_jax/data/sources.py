@@ -53,13 +53,15 @@ def anchor_paths(config, folder: Path) -> None:
     def anchored(path: str) -> str:
         return path if path.startswith("~") or "://" in path else str(folder.absolute() / path)
 
-    for key in ("train_files", "validation_files"):
-        if key in config.data and config.data[key] and "," not in str(folder.absolute()):
+    def there(*keys: str) -> list[str]:
+        return [key for key, path in config.data.items() if key in keys and path]
+
+    if "," not in str(folder.absolute()):
+        for key in there("train_files", "validation_files"):
             parts = filter(None, (part.strip() for part in config.data[key].split(",")))
             config.data[key] = ",".join(map(anchored, parts))
-    for key in ("tokenizer_file", "cache_dir", "tfds_dir"):
-        if config.data.get(key):
-            config.data[key] = anchored(config.data[key])
+    for key in there("tokenizer_file", "cache_dir", "tfds_dir"):
+        config.data[key] = anchored(config.data[key])
 
 
 def is_tfds(config) -> bool:
