@@ -4,17 +4,18 @@
         --lengths=128,512,2048 --protocol=sliding_window --stride=64 --out=runs/sliding
 
 The text is the validation text of the runs; `--validation_split=test` takes the test split of a TFDS data set, and
-`--validation_files` other files. `--sequences=100` scores 100 sequences of the longest length, drawn from all of it.
+`--validation_files` other files. Runs remember where their text is, those of earlier versions from the folder in which
+they were trained: `--data_root` names it. `--sequences=100` scores 100 sequences of the longest length, drawn from all
+of it.
 
 Before it starts it says what memory and time it will take, and refuses what does not fit.
 """
-
-from pathlib import Path
 
 from absl import flags
 
 from wavelet_jax import cli, evaluation
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import user_path
 
 WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once for every run to compare")
 LENGTHS = flags.DEFINE_list("lengths", [], "lengths to evaluate at, tokens: 128,256,...")
@@ -28,6 +29,9 @@ SEQUENCE_SEED = flags.DEFINE_integer("sequence_seed", None, "instead of the runs
 VALIDATION_SPLIT = flags.DEFINE_string("validation_split", None, "another text than the runs': data.validation_split")
 VALIDATION_FILES = flags.DEFINE_string("validation_files", None, "the same: data.validation_files")
 VALIDATION_TEXT_FIELD = flags.DEFINE_string("validation_text_field", None, "its data.validation_text_field")
+DATA_ROOT = flags.DEFINE_string(
+    "data_root", None, "folder that relative paths in the runs' config.data start from; left out: this one"
+)
 OUT = flags.DEFINE_string("out", None, "directory for the results")
 
 
@@ -39,11 +43,12 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--lengths takes whole numbers, not {','.join(LENGTHS.value)}") from error
     evaluation.evaluate(
-        [Path(workdir) for workdir in WORKDIRS.value],
+        [user_path(workdir, "--workdir") for workdir in WORKDIRS.value],
         lengths=lengths,
         protocol=PROTOCOL.value,
         stride=STRIDE.value,
-        out=Path(OUT.value),
+        out=user_path(OUT.value, "--out"),
+        data_root=user_path(DATA_ROOT.value, "--data_root") if DATA_ROOT.value else None,
         changes=_given(MAX_TOKENS, BATCH_TOKENS, PREFILL_CHUNK, SEQUENCES, SEQUENCE_SEED),
         other_text=_given(VALIDATION_SPLIT, VALIDATION_FILES, VALIDATION_TEXT_FIELD),
     )

@@ -38,8 +38,9 @@ from wavelet_jax import (
     throughput,
     training,
 )
-from wavelet_jax.data import Windows, check_packing, load_corpus, read_ahead, train_windows
+from wavelet_jax.data import Windows, anchor_paths, check_packing, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import user_path
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parent / "configs" / "quickstart.py"), "what to train: FILE.py[:variant]"
@@ -150,6 +151,7 @@ def compare(
     evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
         runs.check_config(directory, each)
+    evaluation.check_memory(configs, workdirs, lengths=lengths, protocol=protocol)
     for each, directory in zip(configs, workdirs, strict=True):
         train(each, directory, stop, profile_steps)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
@@ -160,14 +162,17 @@ def main() -> None:
     variants = cli.variants(config, "config")
     for each in (config, *variants.values()):
         runs.check_numbers(each)
+        evaluation.check_settings(each)
         check_packing(each)  # tokenising may take long
+        anchor_paths(each, Path.cwd())
     plan.check_flags()
     if plan.COMPILE_ONLY.value:
         if PROFILE_STEPS.value is not None:
             raise UserError("--profile_steps traces a run, which --compile_only does not make")
         plan.main(list(variants.values()) or [config])
         return
-    workdir = Path(WORKDIR.value or Path("runs") / cli.config_file("config").stem)
+    named = WORKDIR.value and user_path(WORKDIR.value, "--workdir")
+    workdir = named or Path("runs") / cli.config_file("config").stem
     with stopping.listen() as stop:
         if variants:
             compare(config, variants, workdir, stop, PROFILE_STEPS.value)

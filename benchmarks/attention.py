@@ -31,6 +31,7 @@ from benchmarks import baselines, measure
 from wavelet_jax import cli, devices, memory, positions, runs
 from wavelet_jax.attention import BACKENDS, attention
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import user_path
 
 PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,7 +54,7 @@ ONE = flags.DEFINE_string("one", "", "used by the command itself: print the peak
 
 
 def main() -> None:
-    out = Path(OUT.value)
+    out = user_path(OUT.value, "--out")
     _check(out)
     if ONE.value:
         print(json.dumps({"peak_bytes": _peak(ONE.value, int(LENGTHS.value[0]), PASS_NAMES.value[0])}))

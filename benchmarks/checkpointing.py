@@ -25,6 +25,7 @@ from benchmarks import measure
 from configs import quickstart
 from wavelet_jax import checkpoint, checksums, cli, runs, sharding, training
 from wavelet_jax.data.tokenizers import Byte
+from wavelet_jax.files import user_path
 
 EVERY = flags.DEFINE_integer("every", 50, "updates between two checkpoints")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of every case")
@@ -48,7 +49,7 @@ def main() -> None:
     tokens = jax.device_put(tokens, sharding.batch_sharding(mesh, leading=1))
 
     with contextlib.ExitStack() as stack:
-        folder = Path(FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = user_path(FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory()), "--folder")
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         manager = stack.enter_context(checkpoint.open_manager(workdir, config))
 
@@ -81,7 +82,7 @@ def main() -> None:
         "ratios": ratios,
         "checksums_seconds": measure.quartiles(reading),
     }
-    measure.write_results(Path(OUT.value), results)
+    measure.write_results(user_path(OUT.value, "--out"), results)
     print(f"{EVERY.value} updates, {results['parameters']:,} parameters, checkpoints of {size / 1e6:.1f} MB")
     for name, (low, median, high) in itertools.islice(ratios.items(), 1, None):
         print(f"  a checkpoint {name:18} {median:.3f} [{low:.3f}, {high:.3f}] of the time without")

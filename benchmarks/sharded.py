@@ -23,6 +23,7 @@ from benchmarks import measure, ring
 from wavelet_jax import cli, positions, runs
 from wavelet_jax.attention import attention, sharded
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import user_path
 
 DEVICES = flags.DEFINE_integer("devices", 4, "along the length; virtual ones on a CPU")
 LENGTH = flags.DEFINE_integer("length", 4096, "tokens, a multiple of twice that")
@@ -44,7 +45,7 @@ def main() -> None:
     results = {"environment": measure.environment(), "rows": []}
     for name in METHODS.value:
         results["rows"] += _measure(name)
-        measure.write_results(Path(OUT.value), results)
+        measure.write_results(user_path(OUT.value, "--out"), results)
     print(OUT.value)
 
 

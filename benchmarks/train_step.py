@@ -33,6 +33,7 @@ from configs import quickstart
 from wavelet_jax import cli, positions, runs
 from wavelet_jax.data.tokenizers import Byte
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import user_path
 
 METHODS = flags.DEFINE_list("methods", ["wavelet", "rope", "alibi"], "ours; nope, the base of the shares, is added")
 LAYERS = flags.DEFINE_integer("layers", 4, "blocks")
@@ -53,7 +54,7 @@ NO_ATTENTION, PEER = "no attention", "x-transformers "
 
 
 def main() -> None:
-    out = Path(OUT.value)
+    out = user_path(OUT.value, "--out")
     _check(out)
     environment = measure.environment()  # first, so that its load average is that of others
     vocab_size = VOCAB.value or Byte.vocab_size

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -226,6 +227,55 @@ def test_a_run_killed_in_its_first_save_starts_fresh(saved, tmp_path, warned):
     with pytest.raises(UserError, match="never has no checkpoint: train it first"):
         restore_params(tmp_path / "never")
     assert warned() == []
+
+
+def _without(tree: dict, name: str) -> dict:
+    return {key: leaf for key, leaf in tree.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda params: _without(params, "kernel"),
+            "params/kernel is float32 [64, 40] in the checkpoint and absent in the model (arrays that differ: 1)",
+        ),
+        (
+            lambda params: params | {"bias": params["kernel"]},
+            "params/bias is absent in the checkpoint and float32 [64, 40] in the model",
+        ),
+        (
+            lambda params: params | {"kernel": jax.ShapeDtypeStruct((40, 64), jnp.float32)},
+            "params/kernel is float32 [64, 40] in the checkpoint and float32 [40, 64] in the model",
+        ),
+        (
+            lambda params: params | {"kernel": jax.ShapeDtypeStruct((64, 40), jnp.bfloat16)},
+            "params/kernel is float32 [64, 40] in the checkpoint and bfloat16 [64, 40] in the model",
+        ),
+    ],
+)
+def test_parameters_must_be_those_of_the_model(saved, change, said):
+    """Neither evaluation nor training takes a part of a checkpoint, or a checkpoint for a part of a model."""
+    state = abstract(make_state(0))
+    sharding = state.step.sharding
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), change(state.params)
+    )
+    for use in (
+        lambda: checkpoint.restore_params(saved, params, fingerprint=FINGERPRINT),
+        lambda: checkpoint.restore(saved, state.replace(params=params), fingerprint=FINGERPRINT),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)) as refused:
+            use()
+        assert "\n" not in str(refused.value)
+
+
+def test_the_state_of_another_optimizer_is_refused(saved):
+    state = abstract(make_state(0))
+    other = state.replace(opt_state=({"mu": state.params},))
+    with pytest.raises(UserError, match=r"opt_state/0/count is int32 \[\] in the checkpoint and absent in the model"):
+        checkpoint.restore(saved, other, fingerprint=FINGERPRINT)
+    assert same(restore_params(saved)[0], make_state(40).params)  # which asks for no optimizer
 
 
 def test_checksums_are_those_of_b2sum(saved):

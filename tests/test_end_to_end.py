@@ -88,8 +88,8 @@ def test_comparison_trains_evaluates_and_draws(whole_runs):
     assert {row["tokens_scored"] for row in rows} == {"4096"}
     assert all(float(row["ci_low"]) < float(row["perplexity"]) < float(row["ci_high"]) for row in rows)
     assert f"{float(rows[0]['perplexity']):.3f}" in out
-    # Said once each: what both are trained by at 64 tokens, and evaluated by at 256.
-    assert re.findall(r"^attention backend: (\w+) \(decode needs", err, re.MULTILINE) == ["reference", "tiled"]
+    # Said once each: what both are evaluated by at 256 tokens, which is compiled first, and trained by at 64.
+    assert re.findall(r"^attention backend: (\w+) \(decode needs", err, re.MULTILINE) == ["tiled", "reference"]
     assert (folder / "extrapolation.png").stat().st_size > 10_000
     assert (folder / "loss_by_position.png").stat().st_size > 10_000
 
@@ -321,6 +321,12 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
         "unknown position method 'aliby': did you mean 'alibi'?": [
             smoke,
             "--config.compare.variants=('wavelet', 'aliby')",
+            *data_flags,
+        ],
+        "eval.bootstrap_seed must be at least 0, not -1": [
+            smoke,
+            "--config.compare.variants=('rope', 'wavelet')",
+            "--config.eval.bootstrap_seed=-1",
             *data_flags,
         ],
         "compare.variants names a variant twice": [smoke, "--config.compare.variants=('rope', 'rope')", *data_flags],

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax import checksums, processes
 from wavelet_jax.errors import UserError
+from wavelet_jax.sharding import path_of
 from wavelet_jax.training import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder that a save has not committed yet
@@ -99,8 +101,8 @@ def restore(workdir: Path, abstract_state: State, *, fingerprint: str) -> tuple[
     Damaged checkpoints newer than it are set aside, and what a killed save has left is removed.
 
     Raises:
-      UserError: the corpus is not the one that the run has read; there are checkpoints and none is sound (all are left
-        where they are).
+      UserError: the corpus is not the one that the run has read; the checkpoint's arrays are not those of
+        `abstract_state`; there are checkpoints and none is sound (all are left where they are).
     """
     folder = _folder(workdir)
     step, damaged = _newest_sound(folder)
@@ -114,6 +116,7 @@ def restore(workdir: Path, abstract_state: State, *, fingerprint: str) -> tuple[
     if step is None:
         return None
     data = _restore_data(folder / str(step), fingerprint)
+    _check_tree(folder / str(step), abstract_state)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder / str(step) / "state", abstract_state), data["windows"]
 
@@ -129,6 +132,8 @@ def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str) ->
         raise UserError(f"{workdir} has no checkpoint: train it first")
     _restore_data(folder / str(step), fingerprint)
     item = {"params": abstract_params}
+    _check_tree(folder / str(step), item)
+    # `partial_restore` leaves out the rest of the state, and would also leave out parameters that only one side has.
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -200,6 +205,30 @@ def _restore_data(checkpoint: Path, fingerprint: str) -> dict:
             f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
         )
     return data
+
+
+def _check_tree(checkpoint: Path, abstract: Any) -> None:
+    """Raises `UserError` where a checkpoint does not hold exactly the arrays of a tree, by path, dtype and shape.
+
+    Only the top-level parts of the state that the tree has are compared.
+    """
+
+    def arrays(tree: Any) -> dict[str, str]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {path_of(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
+
+    wanted = arrays(abstract)
+    parts = {path.split("/")[0] for path in wanted}
+    stored = arrays(ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree)
+    stored = {path: array for path, array in stored.items() if path.split("/")[0] in parts}
+    differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{checkpoint} does not fit the model of the config: {first} is {stored.get(first, 'absent')} in the "
+            f"checkpoint and {wanted.get(first, 'absent')} in the model (arrays that differ: {len(differing):,}): "
+            "bring back the config.json that the run was trained with"
+        )
 
 
 def _settle(manager: ocp.CheckpointManager) -> str | None:

@@ -35,9 +35,19 @@ def _parse(argv: list[str]) -> list[str]:
             error = error.__context__
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise UserError(" ".join(message.split()) or type(error).__name__) from error
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined:
+            if module.split(".")[0] != "absl" and _repeated(flag):
+                how = f"give one, as --{flag.name}=A,B" if isinstance(flag.value, list) else "give one"
+                raise UserError(f"--{flag.name} is given {flag.present} times, and only the last would count: {how}")
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}: flags are written --name=value")
     return rest
+
+
+def _repeated(flag: flags.Flag) -> bool:
+    """Whether a flag that takes one value was given more. Of changes to a config, the last one counts."""
+    return flag.present > 1 and not isinstance(flag, flags.MultiFlag) and not flag.name.startswith("config.")
 
 
 def config_file(flag: str) -> Path:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, processes, runs, scored_text
-from wavelet_jax.data import Corpus, load_corpus
+from wavelet_jax import checkpoint, forecast, processes, results, runs, saved_config, scored_text
+from wavelet_jax.data import Corpus, anchor_paths, check_files, load_corpus
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import MissingFile
 from wavelet_jax.model import make_position
 from wavelet_jax.positions.absolute import check_positions
 from wavelet_jax.scored_text import ScoredText
@@ -37,21 +39,9 @@ COLUMNS = (
     "ci_low",
     "ci_high",
 )
+MOST_RESAMPLES = 1_000_000  # more would not change an interval's third digit
+_DRAWN_AT_ONCE = 2**20  # stretches
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
-# Keys that an evaluation reads and the first versions' runs did not have.
-LATER_KEYS = (
-    "eval.prefill_chunk",
-    "eval.sequences",
-    "eval.sequence_seed",
-    "data.threads",
-    "data.tokenizer_file",
-    "data.validation_text_field",
-    "compare.label",
-    "optimizer.name",
-    "optimizer.warmup_start",
-    "model.vocabulary",
-    "model.adaptive_dropout",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +69,10 @@ class Curve:
     def row(self) -> dict[str, object]:
         """The line of extrapolation.csv; ci_low and ci_high bound the perplexity."""
         loss = float(self.losses.mean(dtype=np.float64))
-        low, high = (float(np.exp(bound)) for bound in self.ci_loss)
+        with np.errstate(over="ignore"):  # inf is right for a model that has diverged
+            perplexity, low, high = (float(np.exp(bound)) for bound in (loss, *self.ci_loss))
         values = (self.method, self.protocol, self.train_length, self.length, self.stride, len(self.losses))
-        return dict(zip(COLUMNS, (*values, loss, float(np.exp(loss)), low, high), strict=True))
+        return dict(zip(COLUMNS, (*values, loss, perplexity, low, high), strict=True))
 
 
 def plan_blocks(num_targets: int, length: int, protocol: str, *, stride: int, train_length: int) -> list[Block]:
@@ -170,8 +161,12 @@ def bootstrap_interval(losses: np.ndarray, unit: int, *, resamples: int, seed: i
     stretches are drawn for every method and length, so that intervals move together.
     """
     means = losses[: len(losses) // unit * unit].reshape(-1, unit).mean(axis=1, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
-    low, high = np.percentile(means[drawn].mean(axis=1), (2.5, 97.5))
+    rng, found = np.random.default_rng(seed), []
+    at_once = max(1, _DRAWN_AT_ONCE // len(means))  # rows of one draw, in parts: the same numbers in less memory
+    for first in range(0, resamples, at_once):
+        drawn = rng.integers(len(means), size=(min(at_once, resamples - first), len(means)))
+        found.append(means[drawn].mean(axis=1))
+    low, high = np.percentile(np.concatenate(found), (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -184,6 +179,7 @@ def evaluate(
     stride: int = 0,
     changes: Mapping[str, int] | None = None,
     other_text: Mapping[str, str] | None = None,
+    data_root: Path | None = None,
 ) -> list[Curve]:
     """Evaluates finished or unfinished runs, and writes the table, extrapolation.csv, stamp.json and both figures.
 
@@ -197,19 +193,14 @@ def evaluate(
       stride: of the sliding window, tokens; 0 for half of each length.
       changes: values of keys of `config.eval` instead of the runs' own.
       other_text: values of keys of `config.data` that name another validation text, read by the runs' tokenizer.
+      data_root: the folder that relative paths in the runs' `config.data` start from; None: the current one.
 
     Raises:
       UserError: before anything is computed or written, for what cannot be evaluated.
     """
-    configs = [runs.load_config(workdir) for workdir in workdirs]
-    for config, workdir in zip(configs, workdirs, strict=True):
+    configs = load_configs(workdirs, data_root)
+    for config in configs:
         config.eval.update(changes or {})
-        there = runs.flatten(config)
-        missing = [key for key in LATER_KEYS if key not in there]
-        if missing:
-            raise UserError(
-                f"{workdir}/config.json is of an earlier version, without {', '.join(missing)}: set them there"
-            )
     lengths = sorted(set(lengths))
     runs.check_folder(out)
     corpus, text = check(configs, workdirs, lengths=lengths, protocol=protocol, stride=stride, other_text=other_text)
@@ -224,16 +215,7 @@ def evaluate(
         if checkpoint.latest_step(workdir) is None:
             raise UserError(f"{workdir} has no checkpoint to evaluate: train it first")
 
-    jobs, strides, blocks_of = [], {}, {}  # strides and blocks by run and length
-    for config, workdir, label in zip(configs, workdirs, labels(configs, workdirs), strict=True):
-        work = {}
-        for length in lengths:
-            moved = strides[workdir, length] = _stride(config, protocol, length, stride)
-            blocks = plan_text(text, length, protocol, stride=moved, train_length=config.train.length)
-            batch_size, longest = batch_shape(blocks, config.eval.batch_tokens)
-            work[length] = forecast.Work(-(-len(blocks) // batch_size), batch_size, longest)
-            blocks_of[workdir, length] = blocks
-        jobs.append(forecast.prepare(config, workdir, label, corpus, work))
+    jobs, strides, blocks_of = _plan(configs, workdirs, corpus, text, lengths, protocol, stride)
     jobs = [forecast.timed(job) for job in jobs]  # after the memory of all of them has been seen to be there
     if processes.is_first():
         print(forecast.table(jobs, text.num_targets), file=sys.stderr)
@@ -272,40 +254,82 @@ def evaluate(
         "jax": jax.__version__,
     }
     if processes.is_first():
-        write(curves, stamp, out)
         print(table(curves, stamp), f"scored: {stamp['text']}", sep="\n")
-        print("\nwritten:", *(out / name for name in WRITTEN), sep="\n  ")
+        failures = write(curves, stamp, out)
+        print("\nwritten:", *(out / name for name in WRITTEN if (out / name).exists()), sep="\n  ")
+        results.check_drawn(failures, out)
     return curves
 
 
-def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
-    """Writes extrapolation.csv, extrapolation.png, loss_by_position.png and stamp.json into `out`."""
-    from wavelet_jax import figures  # matplotlib takes a second to import, and bad input should not wait for it
+def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[ConfigDict]:
+    """The configs of runs, to be evaluated. Keys that this version does not have are named in a warning.
 
-    with runs.written_together(out) as partial:
-        with (partial / "extrapolation.csv").open("w", newline="") as file:
+    Relative paths in `config.data` start from `data_root`, or from the current folder.
+
+    Raises:
+      UserError: a config is not there or damaged; a file of its text is not there, and what to do about it.
+    """
+    configs = [runs.load_config(workdir) for workdir in workdirs]
+    for config, workdir in zip(configs, workdirs, strict=True):
+        anchor_paths(config, data_root or Path.cwd())
+        try:
+            check_files(config)
+        except MissingFile as error:
+            raise MissingFile(
+                f"{error}; that is what {workdir / 'config.json'} says: for relative paths, --data_root=DIR names the "
+                "folder in which the run was trained; for files that have moved, change config.data there"
+            ) from error
+        if unread := saved_config.unread(config):
+            logging.warning(
+                "%s has keys that this version does not read: %s", workdir / "config.json", ", ".join(unread)
+            )
+    return configs
+
+
+def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> list[str]:
+    """Writes `WRITTEN` into `out`; see `results.write` for what is returned."""
+
+    def numbers(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(curve.row() for curve in curves)
-        (partial / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
-        figures.extrapolation(curves, stamp, partial / "extrapolation.png")
-        figures.loss_by_position(curves, stamp, partial / "loss_by_position.png")
+
+    def extrapolation(path: Path) -> None:
+        from wavelet_jax import figures
+
+        figures.extrapolation(curves, stamp, path)
+
+    def loss_by_position(path: Path) -> None:
+        from wavelet_jax import figures
+
+        figures.loss_by_position(curves, stamp, path)
+
+    return results.write(
+        out,
+        {
+            "extrapolation.csv": numbers,
+            "stamp.json": lambda path: path.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8"),
+        },
+        {"extrapolation.png": extrapolation, "loss_by_position.png": loss_by_position},
+    )
 
 
 def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
     """Perplexity by method and length with its interval, as text."""
     lengths = sorted({curve.length for curve in curves})
+    names = max(24, *(len(curve.method) + 1 for curve in curves))
     width = 26  # of two spaces and hundreds with their interval
     lines = [
         f"perplexity a {stamp['unit']} [95% interval] by length; {stamp['protocol']}, "
         f"{stamp['tokens_scored']:,} tokens scored at every length, {stamp['tokenizer']} tokenizer",
-        f"{'method':24}{'L_train':>8}" + "".join(f"{length:>{width},}" for length in lengths),
+        f"{'method':{names}}{'L_train':>8}" + "".join(f"{length:>{width},}" for length in lengths),
     ]
     for method in dict.fromkeys(curve.method for curve in curves):
         rows = {curve.length: curve.row() for curve in curves if curve.method == method}
         cells = (f"{row['perplexity']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" for row in rows.values())
         train_length = next(iter(rows.values()))["train_length"]
-        lines.append(f"{method:24}{train_length:>8,}" + "".join(f"{cell:>{width}}" for cell in cells))
+        lines.append(f"{method:{names}}{train_length:>8,}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -339,22 +363,14 @@ def check(
     if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
         raise UserError(f"a run is named twice: {', '.join(map(str, workdirs))}")
     for config, workdir in zip(configs, workdirs, strict=True):
-        runs.check_least(
-            {
-                "eval.max_tokens": (config.eval.max_tokens, 0),
-                "eval.batch_tokens": (config.eval.batch_tokens, 1),
-                "eval.prefill_chunk": (config.eval.prefill_chunk, 0),
-                "eval.sequences": (config.eval.sequences, 0),
-                "eval.sequence_seed": (config.eval.sequence_seed, 0),
-                "eval.resamples": (config.eval.resamples, 1),
-            }
-        )
+        check_settings(config)
         longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
         method = make_position(config)
         try:
             check_positions(longest, method.terms(method.init(jax.random.key(0))).max_positions)
         except UserError as error:
             raise UserError(f"{workdir} cannot be evaluated at length {longest}: {error}") from error
+    labels(configs, workdirs)  # raises where two would be the same
     corpora = [load_corpus(config) for config in configs]
     if len({corpus.fingerprint for corpus in corpora}) > 1:
         read = (f"{path} ({corpus.tokenizer.name})" for path, corpus in zip(workdirs, corpora, strict=True))
@@ -367,6 +383,64 @@ def check(
         return corpus, scored_text.draw(corpus.validation, count, max(lengths), seed=seed)
     num_targets = _num_targets(configs[0], len(corpus.validation) - 1, max(lengths))
     return corpus, scored_text.head(corpus.validation, num_targets)
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raises `UserError` for the first key of a run's own that no evaluation could use."""
+    runs.check_least(
+        {
+            "train.length": (config.train.length, 1),
+            "optimizer.warmup_steps": (config.optimizer.warmup_steps, 0),  # shapes of a whole state are built
+            "eval.max_tokens": (config.eval.max_tokens, 0),
+            "eval.batch_tokens": (config.eval.batch_tokens, 1),
+            "eval.prefill_chunk": (config.eval.prefill_chunk, 0),
+            "eval.sequences": (config.eval.sequences, 0),
+            "eval.sequence_seed": (config.eval.sequence_seed, 0),
+            "eval.resamples": (config.eval.resamples, 1),
+            "eval.bootstrap_seed": (config.eval.bootstrap_seed, 0),
+        }
+    )
+    if config.eval.resamples > MOST_RESAMPLES:
+        raise UserError(f"eval.resamples must be at most {MOST_RESAMPLES:,}, not {config.eval.resamples:,}")
+    label = config.compare.label
+    if not label.isprintable() or (label and not label.strip()):
+        raise UserError(f"compare.label must be letters that show, in one line, not {label!r}")
+
+
+def check_memory(
+    configs: Sequence[ConfigDict], workdirs: Sequence[Path], *, lengths: Sequence[int], protocol: str
+) -> None:
+    """What `check` leaves: compiles the longest program of every run, which may not be trained yet.
+
+    Raises:
+      UserError: one of them needs more memory than there is; and what `check` raises.
+    """
+    corpus, text = check(configs, workdirs, lengths=lengths, protocol=protocol)
+    copies = [config.copy_and_resolve_references() for config in configs]  # an evaluation has a mesh of its own
+    _plan(copies, workdirs, corpus, text, sorted(set(lengths)), protocol, 0)
+
+
+def _plan(
+    configs: Sequence[ConfigDict],
+    workdirs: Sequence[Path],
+    corpus: Corpus,
+    text: ScoredText,
+    lengths: Sequence[int],
+    protocol: str,
+    stride: int,
+) -> tuple[list[forecast.Job], dict[tuple[Path, int], int], dict[tuple[Path, int], list[Block]]]:
+    """The jobs of the runs, whose memory is there; strides and blocks by run and length."""
+    jobs, strides, blocks_of = [], {}, {}
+    for config, workdir, label in zip(configs, workdirs, labels(configs, workdirs), strict=True):
+        work = {}
+        for length in lengths:
+            moved = strides[workdir, length] = _stride(config, protocol, length, stride)
+            blocks = plan_text(text, length, protocol, stride=moved, train_length=config.train.length)
+            batch_size, longest = batch_shape(blocks, config.eval.batch_tokens)
+            work[length] = forecast.Work(-(-len(blocks) // batch_size), batch_size, longest)
+            blocks_of[workdir, length] = blocks
+        jobs.append(forecast.prepare(config, workdir, label, corpus, work))
+    return jobs, strides, blocks_of
 
 
 def _stride(config: ConfigDict, protocol: str, length: int, stride: int) -> int:
@@ -389,11 +463,23 @@ def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
 
 
 def labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
-    """What runs are called; where one name occurs twice, with as much of the directories' ends as tells them apart."""
+    """What runs are called; where one name occurs twice, with as much of the directories' ends as tells them apart.
+
+    Raises:
+      UserError: two runs would have the same name all the same.
+    """
     names = [runs.label(config) for config in configs]
     parts = [workdir.resolve().parts for workdir in workdirs]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    ends = ("/".join(part[-depth:]) for part in parts)
-    return [f"{name} ({end})" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]
+    ends = (_printable("/".join(part[-depth:])) for part in parts)
+    found = [f"{name} ({end})" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]
+    if same := [name for name in found if found.count(name) > 1]:
+        raise UserError(f"two runs are called {same[0]!r}: give one another compare.label")
+    return found
+
+
+def _printable(name: str) -> str:
+    """A folder's name with escapes for what does not show, such as line ends."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,5 +1,6 @@
 """Every picture: in colours that colour-blind readers can tell apart, and with its stamp."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
 # Okabe and Ito's palette, then marks to tell more than eight apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LONGEST_NAME = 60  # letters of a name in a picture
 
 
 def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
@@ -25,7 +27,7 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
         rows = [curve.row() for curve in curves if curve.method == method]
         lengths = [row["length"] for row in rows]
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(lengths, [row["perplexity"] for row in rows], color=colour, marker=marker, label=method)
+        axes.plot(lengths, [row["perplexity"] for row in rows], color=colour, marker=marker, label=plain(method))
         axes.fill_between(
             lengths, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=colour, alpha=0.2, lw=0
         )
@@ -33,8 +35,7 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
     axes.set_xscale("log", base=2)
     lengths = sorted({curve.length for curve in curves})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_yscale("log")
-    _few_numbers(axes)
+    _log_scale(axes, [curve.row()["perplexity"] for curve in curves])
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity a {stamp['unit']}")
     axes.set_title("Perplexity past the training length")
@@ -53,11 +54,12 @@ def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> 
         block = int(curve.positions.max()) + 1
         edges = np.unique(np.round(np.geomspace(1, block + 1, 4 * int(np.ceil(np.log2(block + 1))) + 1)))
         counts, _ = np.histogram(curve.positions + 1, edges)
-        sums, _ = np.histogram(curve.positions + 1, edges, weights=curve.losses.astype(np.float64))
+        with np.errstate(invalid="ignore"):  # of a model that has diverged, inf - inf
+            sums, _ = np.histogram(curve.positions + 1, edges, weights=curve.losses.astype(np.float64))
         centres = np.sqrt(edges[:-1] * (edges[1:] - 1).clip(edges[:-1]))
         seen = counts > 0
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(centres[seen], sums[seen] / counts[seen], color=colour, label=curve.method)
+        axes.plot(centres[seen], sums[seen] / counts[seen], color=colour, label=plain(curve.method))
     _mark_training_lengths(axes, curves)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -78,12 +80,11 @@ def beside_paper(pairs: Sequence, path: Path) -> None:
         for axes, side in zip(sides, ("ours", "paper"), strict=True):
             lines = sorted((getattr(pair, side) for pair in pairs if pair.ours.row == row), key=lambda x: x.length)
             multiples = [line.length / line.train_length for line in lines]
-            axes.plot(multiples, [line.perplexity for line in lines], color=colour, marker=marker, label=row)
+            axes.plot(multiples, [line.perplexity for line in lines], color=colour, marker=marker, label=plain(row))
     for axes, title in zip(sides, ("here", "in the paper"), strict=True):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.set_yscale("log")
-        _few_numbers(axes)
+        _log_scale(axes, [line.perplexity for pair in pairs for line in (pair.ours, pair.paper)])
         axes.axvline(1, color="0.4", ls="--", lw=1, zorder=0)
         axes.set_xlabel("evaluation length over L_train")
         axes.set_title(f"Perplexity {title}")
@@ -195,20 +196,46 @@ def paper_wavelets(out: Path) -> list[Path]:
     return paths
 
 
+def plain(name: str) -> str:
+    """A name as text that matplotlib draws letter by letter.
+
+    Nothing in it is mathematics, however many dollar signs it has; a leading underscore does not hide it from a legend;
+    control characters are shown as escapes; of a long one the middle is left out.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    if len(shown) > _LONGEST_NAME:
+        shown = f"{shown[: _LONGEST_NAME // 2]}…{shown[1 - _LONGEST_NAME // 2 :]}"
+    # A zero-width space stands before an underscore: a legend leaves out what begins with one.
+    return "\u200b" * shown.startswith("_") + shown.replace("$", r"\$")
+
+
 def save(figure, path: Path, note: str = "") -> None:
-    """Writes a picture, with a note in small print below it, and closes the figure."""
+    """Writes a picture, with a note in small print below it, and closes the figure, also after an error.
+
+    Letters that the font lacks are drawn as boxes, without a warning.
+    """
     if note:
-        figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4")
-    figure.savefig(path, bbox_inches="tight", pil_kwargs={"optimize": True})
-    plt.close(figure)
+        figure.text(0.995, -0.01, note, ha="right", va="top", fontsize=7, color="0.4", parse_math=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of glyphs, and of layouts that names leave no room
+            figure.savefig(path, bbox_inches="tight", pil_kwargs={"optimize": True})
+    finally:
+        plt.close(figure)
 
 
 def _figure():
     return plt.subplots(figsize=(7.5, 5), dpi=120, layout="constrained")
 
 
-def _few_numbers(axes) -> None:
-    """A logarithmic axis: evenly spaced numbers where a decade is not reached, else 1, 2, 5 (or 1) of each decade."""
+def _log_scale(axes, drawn: Sequence[float]) -> None:
+    """A logarithmic axis: evenly spaced numbers where a decade is not reached, else 1, 2, 5 (or 1) of each decade.
+
+    `drawn` are its values; where none is finite, there is nothing to scale.
+    """
+    if not np.isfinite(drawn).any():
+        return
+    axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
     locator = AutoLocator() if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 4 else (1,))

@@ -144,10 +144,11 @@ def progress(job: Job, length: int, title: str) -> Iterator[Callable[[int, int],
 def table(jobs: Sequence[Job], num_targets: int) -> str:
     """The forecast of every run and of all, as text."""
     limit, owner = memory.available()
+    names = max(24, *(len(job.label) + 1 for job in jobs))
     lines = [f"forecast, {num_targets:,} tokens scored at every length:"]
     for job in jobs:
         longest = max(work.length for work in job.work.values())
-        lines.append(f"  {job.label:24}{_duration(job.seconds()):>12}  {memory.shown(job.bytes)} at {longest:,}")
+        lines.append(f"  {job.label:{names}}{_duration(job.seconds()):>12}  {memory.shown(job.bytes)} at {longest:,}")
     most = memory.shown(max(job.bytes for job in jobs))
     total = _duration(sum(job.seconds() for job in jobs))
     lines.append(f"  in all {total}, at most {most} of the {memory.shown(limit)} of {owner}")

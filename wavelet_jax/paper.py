@@ -11,18 +11,19 @@ are in `paper_results.csv` beside this file.
 import csv
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absl import flags
 
-from wavelet_jax import cli, runs
+from wavelet_jax import cli, files, results, runs
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import user_path
 
 RESULTS = flags.DEFINE_multi_string("results", [], "folder with an extrapolation.csv; once for every one to compare")
 OUT = flags.DEFINE_string("out", None, "folder for comparison.csv and comparison.png; none: print only")
 
+WRITTEN = ("comparison.csv", "comparison.png")
 FILE = Path(__file__).with_name("paper_results.csv")
 
 
@@ -168,17 +169,22 @@ def _cell(pair: Pair | None, at_training: Pair | None) -> str:
     return f"{pair.ours.perplexity:.2f} [{ours:.2f}] | {pair.paper.perplexity:.2f}{mark} [{paper:.2f}]"
 
 
-def write(pairs: Sequence[Pair], out: Path) -> None:
-    """Writes comparison.csv and comparison.png into `out`."""
-    from wavelet_jax import figures  # matplotlib takes a second to import
-
+def write(pairs: Sequence[Pair], out: Path) -> list[str]:
+    """Writes comparison.csv and comparison.png into `out`; see `results.write` for what is returned."""
     lines = [pair.line() for pair in pairs]
-    with runs.written_together(out) as partial:
-        with (partial / "comparison.csv").open("w", newline="") as file:
+
+    def table(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
             writer.writerows(lines)
-        figures.beside_paper(pairs, partial / "comparison.png")
+
+    def picture(path: Path) -> None:
+        from wavelet_jax import figures
+
+        figures.beside_paper(pairs, path)
+
+    return results.write(out, {"comparison.csv": table}, {"comparison.png": picture})
 
 
 def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
@@ -186,17 +192,25 @@ def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
     columns = {
         field.name: ((renamed or {}).get(field.name, field.name), field.type) for field in dataclasses.fields(of)
     }
-    with file.open(newline="") as stream:
+    lines = []
+    with file.open(encoding="utf-8-sig", newline="") as stream:  # some programs put a byte order mark before the header
         reader = csv.DictReader(stream)
-        missing = [column for column, _ in columns.values() if column not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(f"{file} has no column {', '.join(missing)}: is it an extrapolation.csv?")
-        lines = []
-        for line in reader:
-            try:
-                lines.append(of(**{name: kind(line[column]) for name, (column, kind) in columns.items()}))
-            except (TypeError, ValueError):
-                raise UserError(f"{file}, line {reader.line_num}: cut short, or no number where one belongs") from None
+        try:
+            missing = [column for column, _ in columns.values() if column not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{file} has no column {', '.join(missing)}: is it an extrapolation.csv?")
+            for line in reader:
+                values = {name: kind(line[column]) for name, (column, kind) in columns.items()}
+                if not all(isinstance(value, str) or value > 0 for value in values.values()):
+                    raise ValueError("a number that cannot be")
+                lines.append(of(**values))
+        except UserError:
+            raise
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not a text file in UTF-8: save it as CSV in UTF-8") from None
+        except (TypeError, ValueError, csv.Error):
+            place = f"line {reader.reader.line_num}"  # its own is that of the last line that it could read
+            raise UserError(f"{file}, {place}: cut short, or no number above 0 where one belongs") from None
     if not lines:
         raise UserError(f"{file} has no lines: evaluate again")
     return lines
@@ -239,7 +253,7 @@ def _stamp(folder: Path) -> str:
     if not stamp.is_file():
         return ""
     try:
-        says = json.loads(stamp.read_text())
+        says = files.read_json(stamp)
         return f"{folder}: {says['tokens_scored']:,} tokens scored, {says['tokenizer']} tokenizer"
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{stamp} is damaged: evaluate again, or remove it") from None
@@ -248,9 +262,10 @@ def _stamp(folder: Path) -> str:
 def main() -> None:
     if not RESULTS.value:
         raise UserError("name results: --results=DIR, once or more, folders that a comparison or eval.py --out wrote")
-    if OUT.value:
-        runs.check_folder(Path(OUT.value))
-    folders = [Path(folder) for folder in RESULTS.value]
+    out = user_path(OUT.value, "--out") if OUT.value else None
+    if out:
+        runs.check_folder(out)
+    folders = [user_path(folder, "--results") for folder in RESULTS.value]
     ours, paper = _together(folders), published()
     pairs = match(ours, paper)
     if not pairs:
@@ -260,9 +275,10 @@ def main() -> None:
     left_out = dict.fromkeys(x.row for x in ours if x.row not in {pair.ours.row for pair in pairs})
     if left_out:
         print(f"\nwithout a counterpart in the paper: {', '.join(left_out)}")
-    if OUT.value:
-        write(pairs, Path(OUT.value))
-        print("\nwritten:", *(Path(OUT.value) / name for name in ("comparison.csv", "comparison.png")), sep="\n  ")
+    if out:
+        failures = write(pairs, out)
+        print("\nwritten:", *(out / name for name in WRITTEN if (out / name).exists()), sep="\n  ")
+        results.check_drawn(failures, out)
 
 
 if __name__ == "__main__":

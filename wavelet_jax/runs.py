@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax import processes
+from wavelet_jax import files, processes, saved_config
 from wavelet_jax.errors import UserError, check_local
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
@@ -140,19 +140,20 @@ def check_numbers(config: ConfigDict) -> None:
             raise UserError(f"optimizer.{key} must be at least 0 and below 1, not {config.optimizer[key]}")
 
 
-def load_config(workdir: Path) -> ConfigDict:
-    """The config that a run was made with. Raises `UserError` where there is no run."""
+def load_config(workdir: Path) -> saved_config.SavedConfig:
+    """The config that a run was made with. A key that it lacks is a `UserError` when it is read.
+
+    Raises:
+      UserError: there is no run, or its config.json is damaged.
+    """
     check_local(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json): train one with train.py --workdir={workdir}")
     try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return saved_config.of_tree(files.parse_json(path.read_bytes(), "it"), path)
+    except UserError as error:
         raise UserError(f"{path} is damaged ({error}): bring it back, or use a new workdir") from error
-    for keys in tree.values():
-        keys.update({key: tuple(value) for key, value in keys.items() if isinstance(value, list)})
-    return ConfigDict(tree)
 
 
 @contextlib.contextmanager
@@ -276,10 +277,21 @@ class _Events:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """The logged steps of a run, in order; a last line that a kill cut short is left out."""
+    """The logged steps of a run, in order; a last line that a kill cut short is left out.
+
+    Raises:
+      UserError: a line is not a JSON object with its step.
+    """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_metrics_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _metrics_of(line: bytes, place: str) -> dict[str, float]:
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}): mend or remove it") from error
+        metrics = files.parse_json(line, place)
+    except UserError as error:
+        raise UserError(f"{error}: mend or remove the line") from error
+    if not isinstance(metrics, dict) or type(metrics.get("step")) is not int:
+        raise UserError(f'{place} is not a JSON object with a whole number "step": mend or remove the line')
+    return metrics

@@ -9,13 +9,12 @@ and .png, and stamp.json; at any length, in the memory of the key-value cache an
 draws the paper's pictures that no trained model is needed for.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from wavelet_jax import cli, runs
 from wavelet_jax.analysis import report
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import user_path
 
 WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once for every run to show side by side")
 LENGTH = flags.DEFINE_integer("length", 1012, "of the text, tokens; 1012 as in the paper's Figures 2, 3, 7 and 8")
@@ -26,13 +25,16 @@ LABELS = flags.DEFINE_bool("labels", False, f"write the tokens beside maps; up t
 TEXTS = flags.DEFINE_integer("texts", 16, "that gradients are averaged over; 0: no gradients")
 PIXELS = flags.DEFINE_integer("pixels", 256, "cells a side of a map at most; each shows its largest probability")
 FIGURES = flags.DEFINE_bool("figures", False, "draw what needs no run, instead")
+DATA_ROOT = flags.DEFINE_string(
+    "data_root", None, "folder that relative paths in the runs' config.data start from; left out: this one"
+)
 OUT = flags.DEFINE_string("out", None, "directory for the results")
 
 
 def main() -> None:
     if not OUT.value or bool(WORKDIRS.value) == FIGURES.value:
         raise UserError("python -m wavelet_jax.analysis needs --out, and --workdir (once or more) or --figures")
-    out = Path(OUT.value)
+    out = user_path(OUT.value, "--out")
     if FIGURES.value:
         runs.check_folder(out)
         from wavelet_jax.analysis import pictures  # matplotlib takes a second to import, and bad input should not wait
@@ -40,7 +42,7 @@ def main() -> None:
         print("written:", *pictures.without_a_run(out), sep="\n  ")
         return
     report.analyse(
-        [Path(workdir) for workdir in WORKDIRS.value],
+        [user_path(workdir, "--workdir") for workdir in WORKDIRS.value],
         length=LENGTH.value,
         layers=_numbers(LAYERS, int),
         heads=_numbers(HEADS, int),
@@ -49,6 +51,7 @@ def main() -> None:
         texts=TEXTS.value,
         pixels=PIXELS.value,
         out=out,
+        data_root=user_path(DATA_ROOT.value, "--data_root") if DATA_ROOT.value else None,
     )
 
 

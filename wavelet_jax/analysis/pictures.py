@@ -63,7 +63,7 @@ def attention_map(
             interpolation="nearest",
             extent=(0, edge, edge, 0),
         )
-        axes.set_title(f"{name}, head {heads[j]}" if len(maps) > 1 else f"head {heads[j]}", fontsize=9)
+        axes.set_title(f"{figures.plain(name)}, head {heads[j]}" if len(maps) > 1 else f"head {heads[j]}", fontsize=9)
         if tokens:
             places_of = np.arange(len(tokens)) + 0.5
             upright = 0 if max(map(len, tokens)) <= 2 else 90
@@ -79,7 +79,7 @@ def attention_map(
             axes.label_outer()
     figure.supxlabel("key (position, tokens)", fontsize=9)
     figure.supylabel("query (position, tokens)", fontsize=9)
-    names = ", ".join(maps) if len(maps) == 1 else f"{len(maps)} models"
+    names = figures.plain(next(iter(maps))) if len(maps) == 1 else f"{len(maps)} models"
     figure.suptitle(f"Attention of layer {layer} ({names}): {threshold:g} and more in black", fontsize=10)
     figures.save(figure, path, note)
 
@@ -137,7 +137,7 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
         axes.set_xticks(ticks, labels, fontsize=8)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_title(name, fontsize=10)
+        axes.set_title(figures.plain(name), fontsize=10)
         axes.grid(axis="y", alpha=0.25)
         for share, marker in zip(windows.SHARES, MARKERS, strict=False):
             axes.plot([], [], marker, color="0.3", ms=5, label=f"{share:.0%} within")
@@ -158,7 +158,7 @@ def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path
     """Cumulative normalised gradient (Chi et al.) against the distance from the last token, a line a model."""
     figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     for i, (name, curve) in enumerate(curves.items()):
-        axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[i % len(COLOURS)], label=name)
+        axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[i % len(COLOURS)], label=figures.plain(name))
     for n, each in enumerate(sorted(set(train_length))):
         label = "training length" if n == 0 else None
         axes.axvline(each, color="0.4", ls="--", lw=1, zorder=0, label=label)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, evaluation, memory, runs, sharding, training
+from wavelet_jax import checkpoint, evaluation, memory, results, runs, sharding, training
 from wavelet_jax.analysis import attention_maps, receptive_field
 from wavelet_jax.data import Corpus
 from wavelet_jax.errors import UserError
@@ -46,6 +46,7 @@ def analyse(
     texts: int,
     pixels: int,
     out: Path,
+    data_root: Path | None = None,
 ) -> list[Path]:
     """Everything that the command says of runs.
 
@@ -58,6 +59,7 @@ def analyse(
       texts: that the gradient is averaged over; 0: no gradient.
       pixels: cells a side of a map, at most.
       out: the folder for the results.
+      data_root: the folder that relative paths in the runs' `config.data` start from; None: the current one.
 
     Returns:
       What was written.
@@ -65,7 +67,7 @@ def analyse(
     Raises:
       UserError: before anything is computed or written, for what cannot be done.
     """
-    configs = [runs.load_config(workdir) for workdir in workdirs]
+    configs = evaluation.load_configs(workdirs, data_root)
     runs.check_folder(out)
     runs.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
     for threshold in thresholds:
@@ -131,24 +133,26 @@ def analyse(
         "jax": jax.__version__,
     }
     shown = _token_labels(corpus, length) if labels else None
-    written = _write(maps, rows, gradients, stamp, shown, out)
     print(table(rows, stamp))
     print(f"\nmost memory held: {memory.shown(memory.peak())}")
+    written, failures = _write(maps, rows, gradients, stamp, shown, out)
     print("\nwritten:", *written, sep="\n  ")
+    results.check_drawn(failures, out)
     return written
 
 
 def table(rows: Sequence[dict[str, object]], stamp: dict[str, object]) -> str:
     """Measured distances by model, layer and head, as text."""
+    names = max(24, *(len(row["method"]) + 1 for row in rows))
     lines = [
         f"distance (tokens) that holds 50 / 90 / 99% of the attention, {stamp['receptive_field']}, "
         f"length {stamp['length']:,}",
-        f"{'model':24}{'layer':>6}{'head':>6}{'50%':>9}{'90%':>9}{'99%':>9}",
+        f"{'model':{names}}{'layer':>6}{'head':>6}{'50%':>9}{'90%':>9}{'99%':>9}",
     ]
     for row in rows:
         if row["kind"] == "measured":
             reached = "".join(f"{row[column]:>9,}" for column in receptive_field.DISTANCES)
-            lines.append(f"{row['method']:24}{row['layer']:>6}{row['head']:>6}{reached}")
+            lines.append(f"{row['method']:{names}}{row['layer']:>6}{row['head']:>6}{reached}")
     return "\n".join(lines)
 
 
@@ -222,32 +226,57 @@ def _write(
     stamp: dict[str, object],
     tokens: Sequence[str] | None,
     out: Path,
-) -> list[Path]:
-    """All of one analysis, or what was there before."""
-    from wavelet_jax.analysis import pictures  # matplotlib takes a second to import, and bad input should not wait
+) -> tuple[list[Path], list[str]]:
+    """All of one analysis, or what was there before: what was written, and what `results.write` returns."""
+    columns = receptive_field.COLUMNS
+    by_head = ([row[column] for column in columns] for row in rows)
+    files = {"receptive_field.csv": lambda path: _write_csv(path, columns, by_head)}
+    if gradients:
+        by_distance = zip(range(stamp["length"]), *gradients.values(), strict=True)
+        files["gradient.csv"] = lambda path: _write_csv(path, ("distance", *gradients), by_distance)
+    files["stamp.json"] = lambda path: path.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    drawn = _pictures(maps, rows, gradients, stamp, tokens)
+    failures = results.write(out, files, drawn)
+    return [out / name for name in sorted((*files, *drawn)) if (out / name).exists()], failures
+
+
+def _write_csv(path: Path, columns: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(lines)
+
+
+def _pictures(
+    maps: dict[str, attention_maps.Maps],
+    rows: Sequence[dict[str, object]],
+    gradients: dict[str, np.ndarray],
+    stamp: dict[str, object],
+    tokens: Sequence[str] | None,
+) -> dict[str, Callable[[Path], None]]:
+    """By the file's name, what draws a picture of the analysis."""
+
+    def draw(name: str, *arguments: object, **options: object) -> Callable[[Path], None]:
+        def drawn(path: Path) -> None:
+            from wavelet_jax.analysis import pictures
+
+            getattr(pictures, name)(*arguments, path, **options)
+
+        return drawn
 
     updates = ", ".join(f"{name} at update {step:,}" for name, step in stamp["updates"].items())
     note = f"{stamp['text']}; {stamp['tokenizer']} tokenizer; {updates}"
-    with runs.written_together(out) as partial:
-        for layer in stamp["layers"]:
-            for threshold in stamp["thresholds"]:
-                path = partial / f"attention_map_layer{layer}_{threshold:g}.png"
-                cells = f"cells of {stamp['cell']}; {note}"
-                pictures.attention_map(maps, layer, threshold, path, note=cells, tokens=tokens)
-        with (partial / "receptive_field.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, receptive_field.COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        described = f"{stamp['receptive_field']}; {note}"
-        pictures.receptive_field(rows, stamp["length"], partial / "receptive_field.png", note=described)
-        if gradients:
-            with (partial / "gradient.csv").open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["distance", *gradients])
-                writer.writerows(zip(range(stamp["length"]), *gradients.values(), strict=True))
-            described = f"{stamp['gradient']} of {stamp['length']:,} tokens; {stamp['tokenizer']} tokenizer; {updates}"
-            lengths = list(stamp["train_lengths"].values())
-            pictures.gradient(gradients, lengths, partial / "gradient.png", note=described)
-        (partial / "stamp.json").write_text(json.dumps(stamp, indent=2) + "\n")
-        names = sorted(path.name for path in partial.iterdir())
-    return [out / name for name in names]
+    cells = f"cells of {stamp['cell']}; {note}"
+    found = {
+        f"attention_map_layer{layer}_{threshold:g}.png": draw(
+            "attention_map", maps, layer, threshold, note=cells, tokens=tokens
+        )
+        for layer in stamp["layers"]
+        for threshold in stamp["thresholds"]
+    }
+    described = f"{stamp['receptive_field']}; {note}"
+    found["receptive_field.png"] = draw("receptive_field", rows, stamp["length"], note=described)
+    if gradients:
+        described = f"{stamp['gradient']} of {stamp['length']:,} tokens; {stamp['tokenizer']} tokenizer; {updates}"
+        found["gradient.png"] = draw("gradient", gradients, list(stamp["train_lengths"].values()), note=described)
+    return found

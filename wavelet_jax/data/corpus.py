@@ -22,7 +22,8 @@ import numpy as np
 from absl import logging
 
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
-from wavelet_jax.errors import UserError, check_local
+from wavelet_jax.errors import UserError
+from wavelet_jax.files import read_json, user_path
 
 _FORMAT = 2  # raise it when other code would make other tokens of the same text
 _TMP = ".tmp-"
@@ -66,10 +67,21 @@ def load_corpus(config) -> Corpus:
     tokenizer = tokenizers.specification(config)
     if not config.data.cache_dir:
         raise UserError("config.data.cache_dir is empty: name a folder for the tokenised text")
-    check_local(config.data.cache_dir)
-    cache = Path(os.path.expanduser(config.data.cache_dir)).absolute()
+    cache = user_path(config.data.cache_dir, "config.data.cache_dir").absolute()
     with file_digests.kept(cache) as sha256:
         return _load(config, cache, tokenizer, sha256)
+
+
+def check_files(config) -> None:
+    """Checks what `config.data` names, without reading text.
+
+    Raises:
+      MissingFile: a file is not there.
+      UserError: see `load_corpus`.
+    """
+    sources.check(config)
+    tokenizers.specification(config)
+    sources.find_files(config)
 
 
 def _load(config, cache: Path, tokenizer: list, sha256: Callable[[str | Path], str]) -> Corpus:
@@ -291,9 +303,9 @@ def _open(config, folder: Path, sha256: Callable[[str | Path], str]) -> Corpus |
     if not folder.exists():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json")
         # Finds what a size cannot show.
-        if _fingerprint(folder, meta["dtype"], sha256) != meta["fingerprint"]:
+        if _fingerprint(folder, str(meta["dtype"]), sha256) != meta["fingerprint"]:
             raise ValueError("its files are not those that were written")
         tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
         streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from wavelet_jax.errors import UserError
+from wavelet_jax.files import read_json
+
 _NAME = ".digests.json"
 _AT_REST = 10  # seconds; file systems tell changes apart that are some milliseconds, at worst two seconds, apart
 
@@ -24,8 +27,10 @@ def kept(cache: Path) -> Iterator[Callable[[str | Path], str]]:
       cache: the folder that holds the kept ones, in a file; they are kept where it is there and can be written.
     """
     try:
-        known = dict(json.loads((cache / _NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        known = read_json(cache / _NAME)
+    except (OSError, UserError):
+        known = {}
+    if not isinstance(known, dict):
         known = {}
     fresh = {}
 

@@ -5,18 +5,19 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import lzma
 import os
 import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
 from wavelet_jax.data import tfds_sets
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import MissingFile, parse_json, user_path
 
 SOURCES = ("python", "text", "jsonl")  # and "tfds:NAME"
 DOCUMENTS = ("file", "line", "paragraph")
@@ -39,6 +40,28 @@ def check(config) -> None:
             f"config.data.validation_text_field is {config.data.validation_text_field!r}, which goes with JSON lines "
             "in config.data.validation_files: name files there, or leave it empty"
         )
+
+
+def anchor_paths(config, folder: Path) -> None:
+    """Makes the relative paths of `config.data` absolute, as they are seen from `folder`; those with ~ stay.
+
+    A run that remembers them so can be evaluated from any folder. A folder with a comma in its name cannot stand in
+    `train_files` or `validation_files`, where commas are between paths: there they stay relative. Keys that a run of an
+    earlier version does not have are left out.
+    """
+
+    def anchored(path: str) -> str:
+        return path if path.startswith("~") or "://" in path else str(folder.absolute() / path)
+
+    def there(*keys: str) -> list[str]:
+        return [key for key, path in config.data.items() if key in keys and path]
+
+    if "," not in str(folder.absolute()):
+        for key in there("train_files", "validation_files"):
+            parts = filter(None, (part.strip() for part in config.data[key].split(",")))
+            config.data[key] = ",".join(map(anchored, parts))
+    for key in there("tokenizer_file", "cache_dir", "tfds_dir"):
+        config.data[key] = anchored(config.data[key])
 
 
 def is_tfds(config) -> bool:
@@ -102,13 +125,13 @@ def _expand(patterns: str, key: str) -> list[str]:
     """The files that comma-separated paths or globs match, sorted; `key` is named in errors."""
     files = set()
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        path = os.path.abspath(os.path.expanduser(pattern))
+        path = os.path.abspath(user_path(pattern, key))
         # A file may have glob characters in its name.
         found = [path] if os.path.isfile(path) else filter(os.path.isfile, glob.glob(path, recursive=True))
         found = set(found)
         if not found:
             folder = f" (it is a folder: did you mean '{pattern.rstrip('/')}/*'?)" if os.path.isdir(path) else ""
-            raise UserError(f"{key}: {pattern!r} matches no file{folder}")
+            raise MissingFile(f"{key}: {pattern!r} matches no file{folder}")
         files |= found
     return sorted(files)
 
@@ -192,9 +215,9 @@ def _split(config, split: str, file: str, text: io.TextIOWrapper) -> Iterator[st
 def _json_text(line: str, field: str, key: str, place: str) -> str:
     """The text in a field of one JSON line; the key that named the field and `place` are for errors."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place} is not JSON ({error}): set config.data.source to 'text' for plain text") from error
+        record = parse_json(line, place)
+    except UserError as error:
+        raise UserError(f"{error}: set config.data.source to 'text' for plain text") from error
     if not isinstance(record, dict):
         raise UserError(
             f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} ({key})"

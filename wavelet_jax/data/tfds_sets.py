@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from wavelet_jax.errors import UserError, check_local, unknown
+from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import MissingFile, user_path
 
 PREFIX = "tfds:"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -141,12 +142,11 @@ def _folder(config) -> Path:
         ours = (f"{PREFIX}{match['name']}/{each}" for each in OWN[match["name"]])
         raise unknown("config.data.source", source, ours)
     _check_known(config, match["name"])
-    raise UserError(f"{source} is not prepared in config.data.tfds_dir {_root(config)}: {_command(config)}")
+    raise MissingFile(f"{source} is not prepared in config.data.tfds_dir {_root(config)}: {_command(config)}")
 
 
 def _root(config) -> Path:
-    check_local(config.data.tfds_dir)
-    return Path(os.path.expanduser(config.data.tfds_dir)).absolute()
+    return user_path(config.data.tfds_dir, "config.data.tfds_dir").absolute()
 
 
 def _versions(base: Path, between: str = "") -> list[Path]:

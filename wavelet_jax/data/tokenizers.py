@@ -9,7 +9,6 @@ import collections
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -17,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import MissingFile, user_path
 
 TOKENIZERS = ("byte", "word", "bpe", "sentencepiece")
 END = "<|endoftext|>"  # how the end of a document looks when decoded; the same letters in a text are plain text
@@ -190,17 +190,17 @@ class SentencePiece:
     @classmethod
     def of(cls, config) -> "SentencePiece":
         """The model of `config.data.tokenizer_file`. Raises `UserError` for one that cannot be had."""
-        path = os.path.expanduser(config.data.tokenizer_file)
-        if not path:
+        if not config.data.tokenizer_file:
             raise UserError(
                 "config.data.tokenizer is 'sentencepiece' and config.data.tokenizer_file is empty: name a model's file "
                 "there, such as Llama's tokenizer.model"
             )
+        path = user_path(config.data.tokenizer_file, "config.data.tokenizer_file")
         try:
             with open(path, "rb") as file:
                 return cls(file.read(), f"config.data.tokenizer_file {path}")
         except OSError as error:
-            raise UserError(f"cannot read config.data.tokenizer_file: {error}") from error
+            raise MissingFile(f"cannot read config.data.tokenizer_file: {error}") from error
 
     @property
     def digest(self) -> str:

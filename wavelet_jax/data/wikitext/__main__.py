@@ -6,14 +6,12 @@ The archive is that of --archive, or of DIR/downloads/manual, or is downloaded t
 by its numbers of tokens and words, is refused, and nothing is prepared.
 """
 
-import os
-from pathlib import Path
-
 from absl import flags
 
 from wavelet_jax import cli
 from wavelet_jax.data.wikitext import archives
-from wavelet_jax.errors import UserError, check_local
+from wavelet_jax.errors import UserError
+from wavelet_jax.files import user_path
 
 NAME = flags.DEFINE_string("name", None, " | ".join(archives.PUBLISHED))
 TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "where to prepare it: config.data.tfds_dir of the runs")
@@ -23,11 +21,11 @@ ARCHIVE = flags.DEFINE_string("archive", None, "the zip file; left out: TFDS_DIR
 def main() -> None:
     if not NAME.value or not TFDS_DIR.value:
         raise UserError(f"--name ({' or '.join(archives.PUBLISHED)}) and --tfds_dir are needed")
-    check_local(TFDS_DIR.value)
+    tfds_dir = user_path(TFDS_DIR.value, "--tfds_dir").absolute()
+    archive = user_path(ARCHIVE.value, "--archive") if ARCHIVE.value else None
     from wavelet_jax.data.wikitext import builder  # TFDS takes seconds to import, and bad input should not wait
 
-    archive = Path(os.path.expanduser(ARCHIVE.value)) if ARCHIVE.value else None
-    print(builder.prepare(NAME.value, Path(os.path.expanduser(TFDS_DIR.value)).absolute(), archive))
+    print(builder.prepare(NAME.value, tfds_dir, archive))
 
 
 if __name__ == "__main__":
