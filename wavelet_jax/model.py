@@ -166,8 +166,8 @@ class Decoder(nnx.Module):
         self.kv_shape = (config.model.num_kv_heads, config.model.head_dim)
         self.method = make_position(config)
         self.adaptive = config.model.vocabulary == "adaptive"
-        # Rows are taken in float32 and then cast: the gradient of a row is a sum over all of its tokens, and in bfloat16
-        # a thousand ones add up to 256.
+        # Rows are taken in float32 and then cast: the gradient of a row is a sum over all of its tokens, and a
+        # thousand ones in bfloat16 add up to 256.
         self.embedding = (
             AdaptiveVocabulary(config, vocab_size, kernel_init=INITIALIZERS[config.model.initializer], rngs=rngs)
             if self.adaptive
