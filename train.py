@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from wavelet_jax import (
     checkpoint,
+    checks,
     cli,
     devices,
     evaluation,
@@ -34,11 +35,12 @@ from wavelet_jax import (
     profiling,
     runs,
     sharding,
+    sizes,
     stopping,
     throughput,
     training,
 )
-from wavelet_jax.data import Windows, check_packing, load_corpus, read_ahead, train_windows
+from wavelet_jax.data import Windows, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -159,14 +161,15 @@ def main() -> None:
     config = CONFIG.value
     variants = cli.variants(config, "config")
     for each in (config, *variants.values()):
-        runs.check_numbers(each)
-        check_packing(each)  # tokenising may take long
+        checks.check(each)
     plan.check_flags()
     if plan.COMPILE_ONLY.value:
         if PROFILE_STEPS.value is not None:
             raise UserError("--profile_steps traces a run, which --compile_only does not make")
         plan.main(list(variants.values()) or [config])
         return
+    for each in variants.values() or [config]:
+        sizes.check(each)
     workdir = Path(WORKDIR.value or Path("runs") / cli.config_file("config").stem)
     with stopping.listen() as stop:
         if variants:

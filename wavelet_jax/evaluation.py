@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, processes, runs, scored_text
+from wavelet_jax import checkpoint, forecast, numeric_keys, processes, runs, scored_text
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
@@ -339,16 +339,7 @@ def check(
     if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
         raise UserError(f"a run is named twice: {', '.join(map(str, workdirs))}")
     for config, workdir in zip(configs, workdirs, strict=True):
-        runs.check_least(
-            {
-                "eval.max_tokens": (config.eval.max_tokens, 0),
-                "eval.batch_tokens": (config.eval.batch_tokens, 1),
-                "eval.prefill_chunk": (config.eval.prefill_chunk, 0),
-                "eval.sequences": (config.eval.sequences, 0),
-                "eval.sequence_seed": (config.eval.sequence_seed, 0),
-                "eval.resamples": (config.eval.resamples, 1),
-            }
-        )
+        numeric_keys.check(config, "eval")
         longest = min(max(lengths), config.train.length) if protocol == "non_overlapping" else max(lengths)
         method = make_position(config)
         try:

@@ -21,6 +21,8 @@ from wavelet_jax.errors import UserError, unknown
 TOKENIZERS = ("byte", "word", "bpe", "sentencepiece")
 END = "<|endoftext|>"  # how the end of a document looks when decoded; the same letters in a text are plain text
 UNKNOWN, LINE_END = "<unk>", "</s>"
+# The library allocates all of a BPE vocabulary at once, 70 bytes per token, and aborts the process where it cannot.
+_MAX_BPE = 10_000_000
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -243,10 +245,10 @@ def specification(config) -> list:
                 )
             return [name, size]
         case "bpe":
-            if size < 257:
+            if not 257 <= size <= _MAX_BPE:
                 raise UserError(
                     f"config.data.vocab_size is {size}: bpe needs a size to train, 257 (all bytes and the end of a "
-                    "document) or more, such as 4096"
+                    f"document) to {_MAX_BPE:,}, such as 4096"
                 )
             return [name, size, tokenizers.__version__]  # another version may learn other merges
         case "sentencepiece":
