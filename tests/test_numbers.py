@@ -20,6 +20,7 @@ from configs.paper import llama2, table1, table3, table4
 from wavelet_jax import (
     checks,
     cli,
+    evaluation,
     memory,
     model,
     numeric_keys,
@@ -32,6 +33,7 @@ from wavelet_jax import (
     sizes,
     training,
 )
+from wavelet_jax.analysis import receptive_field, report
 from wavelet_jax.data import Windows, tokenizers
 from wavelet_jax.errors import UserError
 
@@ -551,3 +553,75 @@ def test_sizes_of_vocabularies(tokenizer, size, said):
         with pytest.raises(UserError) as raised:
             tokenizers.specification(config)
         assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "stride", "said"),
+    [
+        ([-1], 0, "lengths must be positive whole numbers: -1"),
+        ([0], 0, "lengths must be positive whole numbers: 0"),
+        ([math.nan], 0, "lengths must be positive whole numbers: nan"),
+        ([math.inf], 0, "lengths must be positive whole numbers: inf"),
+        (["word"], 0, "lengths must be positive whole numbers: word"),
+        ([10**9], 0, "length 1000000000 is longer than the validation text"),
+        ([64], -1, "stride -1 must be 1 to the shortest length, 64"),
+        ([64], 10**9, "stride 1000000000 must be 1 to the shortest length, 64"),
+    ],
+)
+def test_lengths_and_strides_of_an_evaluation(small_config, tmp_path, lengths, stride, said):
+    with pytest.raises(UserError) as raised:
+        evaluation.check([small_config()], [tmp_path], lengths=lengths, protocol="sliding_window", stride=stride)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "batch_tokens", "prefill_chunk", "sequences", "sequence_seed"])
+def test_what_eval_py_changes_of_a_run_is_held_to_the_same_table(small_config, tmp_path, key):
+    """Flags are whole numbers for absl; what it lets through goes into the run's config."""
+    expected = EXPECTED[f"eval.{key}"]
+    for value, said in zip((-1, 0, 2**63), (*expected[:2], "{key} must be at least"), strict=True):
+        config = small_config()
+        config.eval.update({key: value})
+        if said is None:
+            evaluation.check([config], [tmp_path], lengths=[64], protocol="full_length")
+        else:
+            with pytest.raises(UserError) as raised:
+                evaluation.check([config], [tmp_path], lengths=[64], protocol="full_length")
+            assert said.format(key=f"eval.{key}", value=value) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        *((("length", value, f"--length must be at least 2, not {value}")) for value in (-1, 0, 1, math.nan)),
+        ("length", 10**9, "length 1000000000 is longer than the validation text"),
+        ("texts", -1, "--texts must be at least 0, not -1"),
+        *((("pixels", value, f"--pixels must be at least 16, not {value}")) for value in (-1, 0)),
+        *(("thresholds", [value], f"--threshold {value:g} must be a probability") for value in (-1, 0, 1e9)),
+        *(("thresholds", [value], f"--threshold {value:g} must be a probability") for value in (math.nan, math.inf)),
+        *(("layers", [value], f"--layers {value}: allowed are 0 to 1") for value in (-1, 10**9)),
+        *(("heads", [value], f"--heads {value}: allowed are 0 to 1") for value in (-1, 10**9)),
+        # Accepted, up to what comes next.
+        *((flag, 10**9, "has no checkpoint to look into") for flag in ("texts", "pixels")),
+        *((flag, [0], "has no checkpoint to look into") for flag in ("layers", "heads")),
+        ("texts", 0, "has no checkpoint to look into"),
+    ],
+)
+def test_numbers_of_an_analysis(small_config, tmp_path, flag, value, said):
+    runs.save_config(tmp_path / "run", small_config())
+    given = {"length": 64, "layers": None, "heads": None, "thresholds": [0.001], "texts": 2, "pixels": 64}
+    with pytest.raises(UserError) as raised:
+        report.analyse([tmp_path / "run"], labels=False, out=tmp_path / "out", **given | {flag: value})
+    assert said in str(raised.value)
+
+
+def test_more_texts_than_there_are_are_all_of_them():
+    """In no more memory than those take."""
+    assert receptive_field.texts(1000, 100, 10**9) == list(range(900))
+    assert receptive_field.texts(1000, 100, 3) == [0, 449, 899]
+
+
+def test_benchmarks_take_counts():
+    for value in (0, -1, math.nan, "word"):
+        with pytest.raises(UserError, match=r"^--rounds must be"):
+            runs.check_least({"--rounds": (value, 1)})
+    runs.check_least({"--rounds": (10**9, 1)})
