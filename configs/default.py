@@ -19,6 +19,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     data.validation_files = ""  # the same; empty: documents are taken out of train_files
     data.text_field = "text"  # jsonl, tfds: the field that holds the text; "book_text" in tfds:pg19
     data.validation_text_field = ""  # jsonl: the field in validation_files; empty: the same
+    data.missing_text = "error"  # jsonl: of a record without that field, or with null in it: error | skip (counted)
     data.document = "file"  # text: what is one document: file | line | paragraph (between blank lines)
     data.tfds_dir = "~/tensorflow_datasets"  # tfds: where data sets have been prepared, as array_record files
     data.train_split = "train"  # tfds: a split, or parts of some: "train[:90%]"

@@ -45,6 +45,7 @@ LATER_KEYS = (
     "eval.sequence_seed",
     "data.threads",
     "data.tokenizer_file",
+    "data.missing_text",
     "data.validation_text_field",
     "compare.label",
     "optimizer.name",

@@ -60,8 +60,9 @@ AMOUNT = Range(0)  # of anything that is measured
 FRACTION = Range(0, 1, below=True)
 COUNT = Range(1, _INT32_MAX, whole=True)  # of what there has to be at least one of; counters are int32
 COUNT_OR_NONE = Range(0, _INT32_MAX, whole=True)
-# JAX without 64-bit types and PyTorch's and NumPy's legacy generators take 32 bits of a seed. Larger seeds would
-# share the parameters and the dropout of a smaller one.
+# JAX without 64-bit types takes 32 bits of a seed and drops the others: runs whose seeds are equal modulo 2^32 would
+# share their parameters and dropout. Larger seeds are refused and not made use of: a run that was trained with one
+# would go on with other dropout, and nothing would say so.
 SEED = Range(0, 2**32 - 1, whole=True)
 # Sizes far past those of any model, up to which tables by head dimension are made without thinking of memory.
 HEADS = Range(1, 2**20, whole=True)

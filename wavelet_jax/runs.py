@@ -30,7 +30,7 @@ _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the d
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
 FREE_KEYS += ("model.remat", "model.attention_backend", "train.logits_chunk", "train.accumulation")
 FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
-FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file")
+FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
