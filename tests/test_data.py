@@ -400,7 +400,7 @@ def test_undecodable_bytes_are_counted_and_named(load, write, warnings, document
         corpus._warn_once.cache_clear()
         loaded = load(**keys)
         assert warnings == [
-            f"{keys['train_files']} is not UTF-8 throughout: U+FFFD stands for bytes that are not 4 times, first in "
+            f"{keys['train_files']} is not UTF-8 throughout: U+FFFD stands for bytes that are not, 4 times, first in "
             "line 4; if it is in another encoding, convert it, for example with iconv"
         ]
         warnings.clear()

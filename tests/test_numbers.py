@@ -31,10 +31,12 @@ from wavelet_jax import (
     sharding,
     sizes,
     training,
+    wavelets,
 )
 from wavelet_jax.analysis import receptive_field, report
 from wavelet_jax.data import Windows, tokenizers
 from wavelet_jax.errors import UserError
+from wavelet_jax.positions import rope, transformer_xl
 
 VALUES = ("-1", "0", "1000000000", "nan", "inf", "word")
 
@@ -397,6 +399,17 @@ def test_theta_is_checked_wherever_it_is_read(name):
         with pytest.raises(UserError, match=rf"^{name}'s theta must be at least 1"):
             positions.make(name, num_heads=2, head_dim=16, theta=theta)
     assert positions.make(name, num_heads=2, head_dim=16, theta=1).theta == 1
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 10**400])
+def test_functions_behind_the_methods_refuse_the_same(value):
+    with pytest.raises(UserError, match=r"^theta must be at least 1"):
+        rope.rotate(np.ones((1, 4, 1, 8), np.float32), np.arange(4), theta=value)
+    with pytest.raises(UserError, match=r"^theta must be at least 1"):
+        transformer_xl.sinusoid(np.arange(4), 8, theta=value)
+    with pytest.raises(UserError, match=r"^the tolerance of a support must be at least 0 and below 1"):
+        wavelets.support(np.ones(4), np.zeros(4), tolerance=value)
+    assert wavelets.support(np.ones(4), np.zeros(4), tolerance=0) is None
 
 
 def test_t5_at_the_longest_distance_there_is():

@@ -167,7 +167,7 @@ def _note_replaced(file: str, notes: Notes) -> None:
     Every line is decoded on its own, with the same result: no character of UTF-8 goes over a line end.
     """
     what = (
-        f"{file} is not UTF-8 throughout: U+FFFD stands for bytes that are not {{count}} times, first in line "
+        f"{file} is not UTF-8 throughout: U+FFFD stands for bytes that are not, {{count}} times, first in line "
         "{first}; if it is in another encoding, convert it, for example with iconv"
     )
     with _readable(file), open(file, "rb") as raw:

@@ -87,7 +87,7 @@ def documents(config, split: str, label: str, notes: Notes) -> Iterator[str]:
             if replaced:
                 notes.add(
                     f"{config.data.source}, split {wanted!r}, is not UTF-8 throughout: U+FFFD stands for bytes that "
-                    "are not {count} times, first in example {first}",
+                    "are not, {count} times, first in example {first}",
                     str(number),
                     replaced,
                 )

@@ -17,7 +17,8 @@ THETA = Range(1)  # frequencies are then at most 1 radian per position, as `angl
 
 
 def frequencies(dim: int, theta: float = 10000.0) -> np.ndarray:
-    """theta^(-2i / dim), i = 0 .. dim/2 - 1: radians a position, float64."""
+    """theta^(-2i / dim), i = 0 .. dim/2 - 1: radians per position, float64. Raises `UserError` for a theta below 1."""
+    THETA.check("theta", theta)
     return theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
@@ -32,7 +33,7 @@ def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, l
         with the other.
 
     Raises:
-      UserError: unknown layout.
+      UserError: unknown layout, or a theta below 1.
     """
     if layout not in LAYOUTS:
         raise unknown("RoPE layout", layout, LAYOUTS)
