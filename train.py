@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from wavelet_jax import (
     checkpoint,
+    checks,
     cli,
     devices,
     evaluation,
@@ -34,11 +35,12 @@ from wavelet_jax import (
     profiling,
     runs,
     sharding,
+    sizes,
     stopping,
     throughput,
     training,
 )
-from wavelet_jax.data import Windows, anchor_paths, check_packing, load_corpus, read_ahead, train_windows
+from wavelet_jax.data import Windows, anchor_paths, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import user_path
 
@@ -161,9 +163,8 @@ def main() -> None:
     config = CONFIG.value
     variants = cli.variants(config, "config")
     for each in (config, *variants.values()):
-        runs.check_numbers(each)
+        checks.check(each)
         evaluation.check_settings(each)
-        check_packing(each)  # tokenising may take long
         anchor_paths(each, Path.cwd())
     plan.check_flags()
     if plan.COMPILE_ONLY.value:
@@ -171,6 +172,8 @@ def main() -> None:
             raise UserError("--profile_steps traces a run, which --compile_only does not make")
         plan.main(list(variants.values()) or [config])
         return
+    for each in variants.values() or [config]:
+        sizes.check(each)
     named = WORKDIR.value and user_path(WORKDIR.value, "--workdir")
     workdir = named or Path("runs") / cli.config_file("config").stem
     with stopping.listen() as stop:

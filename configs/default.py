@@ -19,6 +19,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     data.validation_files = ""  # the same; empty: documents are taken out of train_files
     data.text_field = "text"  # jsonl, tfds: the field that holds the text; "book_text" in tfds:pg19
     data.validation_text_field = ""  # jsonl: the field in validation_files; empty: the same
+    data.missing_text = "error"  # jsonl: of a record without that field, or with null in it: error | skip (counted)
     data.document = "file"  # text: what is one document: file | line | paragraph (between blank lines)
     data.tfds_dir = "~/tensorflow_datasets"  # tfds: where data sets have been prepared, as array_record files
     data.train_split = "train"  # tfds: a split, or parts of some: "train[:90%]"
@@ -70,13 +71,13 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     position.shifts = ()  # wavelet: their shifts, in tokens
     position.t_sign = "m-n"  # wavelet, discrete_wavelet: m-n (Eq. 14) | n-m (footnote 8)
     position.trainable = False  # wavelet: train scales and shifts
-    position.support_tolerance = 1e-4  # wavelet: what Terms.support is stated for
+    position.support_tolerance = 1e-4  # wavelet: what Terms.support is stated for; 0: no support is stated
     position.wavelet = "db2"  # discrete_wavelet: a discrete wavelet of PyWavelets, as in Table 4
     position.num_levels = 8  # discrete_wavelet: levels in the place of scales; divides head_dim
     position.first_level = 1  # discrete_wavelet: levels l .. l + num_levels - 1
     position.sampling = "level"  # discrete_wavelet: level: the samples of each level | fine: psi((t - b) / 2^level)
     position.origin = "start"  # discrete_wavelet: what stands at t = b: start | centre (of the support)
-    position.theta = 10000.0  # rope, sinusoidal, transformer_xl: base of the frequencies
+    position.theta = 10000.0  # rope, sinusoidal, transformer_xl: base of the frequencies, 1 or more
     position.layout = "half_split"  # rope: half_split | interleaved
     position.clip_distance = 64  # shaw: farther keys share a vector
     position.values = False  # shaw: the value side too
@@ -89,7 +90,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     # --- Training --------------------------------------------------------------------------------------------------
     config.train = train = ConfigDict()
     train.steps = 1000  # optimizer updates
-    train.seed = 0  # of parameters, dropout and the order of windows
+    train.seed = 0  # of parameters, dropout and the order of windows; below 2^32, as all seeds
     train.length = 128  # tokens in a window, L_train
     train.batch_size = 32  # windows an update, all devices and accumulation together
     train.accumulation = 1  # an update is made of this many equal parts, one after another, for memory

@@ -11,7 +11,7 @@ from conftest import ROOT
 from flax import nnx
 
 from configs import default
-from wavelet_jax import positions, runs, training
+from wavelet_jax import numeric_keys, positions, runs, training
 from wavelet_jax.errors import UserError
 from wavelet_jax.model import Decoder
 
@@ -24,7 +24,7 @@ def read_keys() -> set[str]:
     for path in [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "wavelet_jax").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
-                match = re.fullmatch(r"(?:.*\.)?configs?(?:\[0\])?\.(\w+)\.(\w+)", ast.unparse(node))
+                match = re.fullmatch(r"(?:.*\.)?_?configs?(?:\[0\])?\.(\w+)\.(\w+)", ast.unparse(node))
                 if match:
                     keys.add(".".join(match.groups()))
     return keys
@@ -143,7 +143,7 @@ def test_numbers_that_train_nothing_are_refused(key, value, said):
     config = default.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
-        runs.check_numbers(config)
+        numeric_keys.check(config)
 
 
 def test_a_run_goes_on_with_what_fewer_devices_need_and_nothing_else(tmp_path):

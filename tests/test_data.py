@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gzip
+import io
 import json
 import lzma
 import os
@@ -18,7 +19,7 @@ import pytest
 from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax.data import Windows, corpus, file_digests, load_corpus, sources, tokenizers
+from wavelet_jax.data import Windows, corpus, file_digests, load_corpus, notes, sources, tokenizers
 from wavelet_jax.errors import UserError
 
 # Twelve documents of one line each; which of them are validation at a fraction of 0.3 was written down once.
@@ -36,6 +37,7 @@ def make_config(cache: Path, **keys) -> ConfigDict:
         "validation_files": "",
         "text_field": "text",
         "validation_text_field": "",
+        "missing_text": "error",
         "document": "file",
         "tfds_dir": "no_data_sets",
         "train_split": "train",
@@ -193,6 +195,75 @@ def test_bpe_pieces_change_no_token(load, write, monkeypatch, piece):
     assert loaded.tokenizer.encode(TALES + text).tolist() == whole
 
 
+def merged_alone(text: str) -> list[str]:
+    """The words of GPT-2's rule, by the library."""
+    return [text[start:end] for _, (start, end) in tokenizers.BPE._BYTE_LEVEL.pre_tokenize_str(text)]
+
+
+def test_bpe_is_never_handed_a_huge_word(monkeypatch):
+    """Learning takes the square of a word's length: 80,000 letters took three seconds, and 4 MB did not end."""
+    handed, pieces_of = [], tokenizers.BPE._pieces
+
+    def recorded(text: str):
+        for piece in pieces_of(text):
+            handed.append(piece)
+            yield piece
+
+    monkeypatch.setattr(tokenizers.BPE, "_pieces", staticmethod(recorded))
+    rng = np.random.default_rng(0)
+    huge = rng.choice(np.frombuffer(b"abcdefgh", np.uint8), 4096).tobytes().decode() * 1024  # 4 MB
+    text = f"a cat, and {huge} sat{' ' * 5000}on it"
+    tokenizer = tokenizers.BPE.train([text], 300)
+    assert "".join(handed) == text
+    assert max(map(len, handed)) <= tokenizers.BPE._PIECE + tokenizers.BPE._WORD
+    lengths = [len(word) for piece in handed for word in merged_alone(piece)]
+    assert max(lengths) == tokenizers.BPE._WORD == 1024
+    assert sum(length**2 for length in lengths) <= 1024 * len(text)  # the work is linear in the text
+    trained = handed.copy()
+    handed.clear()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert handed == trained
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bpe_of_long_stretches_without_blanks_is_as_it_always_was(monkeypatch, seed):
+    """Only words that are too long change, whatever stands around them and wherever the text is cut."""
+    rng = np.random.default_rng(seed)
+    model = tokenizers.BPE.train(
+        ["the cat's on the mat, don't we're 12 naïve 日本語 == [[x]]\n\n\n  foo\t\tbaz! "], 330
+    )
+    word = 20
+    long = tokenizers.BPE._LONG.pattern.replace(f"{tokenizers.BPE._WORD}", f"{word}")
+    monkeypatch.setattr(tokenizers.BPE, "_WORD", word)
+    monkeypatch.setattr(tokenizers.BPE, "_LONG", re.compile(long))
+    parts = ["a", "re", "'", "'re", "'s", "don't", " ", "  ", "\n", "\n\n", "\t", "1", "..", "!", "é", "日", "\u2028"]
+    parts += ["\x1c", "\x85", "\u00a0", "\r\n", "🙂", "\u0301", "=" * 19, "b" * 20, " " * 15]
+    cut = unchanged = 0
+    for _ in range(400):
+        monkeypatch.setattr(tokenizers.BPE, "_PIECE", int(rng.choice([1, 30, 90, 200])))
+        likely = rng.choice([0.1, 1, 3], len(parts))
+        text = "".join(rng.choice(parts, rng.integers(10, 300), p=likely / likely.sum()))
+        pieces = list(tokenizers.BPE._pieces(text))
+        assert "".join(pieces) == text
+        assert max(len(found) for piece in pieces for found in merged_alone(piece)) <= word
+        if max(map(len, merged_alone(text))) > word:
+            cut += 1
+        elif tokenizers.BPE._LONG.search(text):
+            unchanged += 1
+            assert model.encode(text).tolist() == model._model.encode(text).ids
+    assert min(cut, unchanged) > 20
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "word", "sentencepiece"])
+def test_other_tokenizers_read_a_huge_word(load, write, piece_model, tokenizer):
+    """One line without a blank."""
+    text = "abcdefgh" * (1 << 17)
+    keys = {"tokenizer_file": piece_model} if tokenizer == "sentencepiece" else {}
+    keys |= {"train_files": write("t.txt", text), "validation_files": write("v.txt", "x")}
+    loaded = load(tokenizer=tokenizer, **keys)
+    assert loaded.tokenizer.decode(loaded.train).startswith(text)
+
+
 @pytest.mark.parametrize(("name", "size"), [("byte", 0), ("word", 0), ("bpe", 280)])
 def test_tokenizer_comes_back_from_the_cache(load, lines, builds, name, size):
     keys = {"train_files": lines, "document": "line", "tokenizer": name, "vocab_size": size}
@@ -311,6 +382,89 @@ def test_undecodable_bytes_are_replaced(load, write):
     assert loaded.validation.tolist() == byte_ids("bom")
 
 
+def latin(text: str) -> bytes:
+    return text.encode("latin-1")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("document", sources.DOCUMENTS)
+def test_undecodable_bytes_are_counted_and_named(load, write, warnings, document, suffix):
+    """Each file's, with the first line; U+FFFD that stands in the text itself is not counted. And again next time."""
+    text = b"fine\n\n" + "\ufffd\n".encode() + latin("caf\xe9 \xe9\n") + b"\xe2\x82\n\n" + latin("na\xefve")
+    keys = {
+        "train_files": write(f"t.txt{suffix}", text),
+        "validation_files": write("v.txt", "\ufeffgood \ufffd"),
+        "document": document,
+    }
+    for _ in range(2):
+        corpus._warn_once.cache_clear()
+        loaded = load(**keys)
+        assert warnings == [
+            f"{keys['train_files']} is not UTF-8 throughout: U+FFFD stands for bytes that are not, 4 times, first in "
+            "line 4; if it is in another encoding, convert it, for example with iconv"
+        ]
+        warnings.clear()
+    tokens = loaded.tokenizer.decode(loaded.train).replace("<|endoftext|>", "")
+    assert tokens.replace("\n", "") == text.decode("utf-8", "replace").replace("\n", "")
+
+
+def test_undecodable_bytes_are_counted_as_they_are_decoded():
+    """Against the decoder of the whole text."""
+    rng = np.random.default_rng(0)
+    parts = [
+        b"a",
+        b"\n",
+        b"\xe9",
+        b"\xe2\x82",
+        b"\xe2\x82\xac",
+        b"\xf0\x9f",
+        b"\xef\xbf\xbd",
+        b"\xef\xbf",
+        b"\xed\xa0\x80",
+        b"\xc0",
+    ]
+    for _ in range(300):
+        text = b"".join(parts[i] for i in rng.integers(len(parts), size=40))
+        expected = text.decode("utf-8", "replace").count("\ufffd") - text.count(b"\xef\xbf\xbd")
+        assert sum(map(notes.count_replaced, io.BytesIO(text))) == expected
+
+
+def test_a_utf_16_file_is_not_text(load, write):
+    with pytest.raises(UserError, match=r"is not text .it holds zero bytes.*UTF-8"):
+        load(train_files=write("t.txt", "naïve".encode("utf-16")))
+
+
+def test_unusual_characters_are_text(load, write, warnings):
+    """Zero bytes past the beginning, lone "\\r", U+2028, a mark of byte order inside: as they are."""
+    text = "a" * 9000 + "\0b\rc\u2028d\ufeffe\r\n"
+    loaded = load(train_files=write("t.txt", text), validation_files=write("v.txt", "v"), document="line")
+    assert loaded.train.tolist() == byte_ids(text[:-2])
+    assert warnings == []
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_packed_files_that_are_empty_or_cut(load, write, tmp_path, suffix):
+    """An empty stream is no text; an empty or cut file is damaged."""
+    keys = {"validation_files": write("v.txt", "v")}
+    with pytest.raises(UserError, match="holds no text: 1 files, all of them blank"):
+        load(train_files=write(f"t.txt{suffix}", b""), **keys)
+    packed = write(f"t.txt{suffix}", "text" * 1000).read_bytes()
+    for cut in (packed[:-10], packed[: len(packed) // 2], packed[:5]):
+        (tmp_path / f"cut.txt{suffix}").write_bytes(cut)
+        with pytest.raises(UserError, match=rf"cannot read .*cut\.txt\{suffix}: "):
+            load(train_files=tmp_path / f"cut.txt{suffix}", **keys)
+
+
+def test_folders_in_the_place_of_files(load, lines, tmp_path):
+    keys = {"train_files": lines, "document": "line"}
+    with pytest.raises(UserError, match=r"cannot read config\.data\.tokenizer_file: .*Is a directory"):
+        load(tokenizer="sentencepiece", tokenizer_file=tmp_path, **keys)
+    with pytest.raises(UserError, match=r"matches no file \(it is a folder"):
+        load(**keys | {"train_files": tmp_path})
+    with pytest.raises(UserError, match=r"matches no file \(it is a folder"):
+        load(validation_files=tmp_path, **keys)
+
+
 def test_files_globs_and_packed_files(load, write):
     """Sorted by path whatever the order of the patterns, each file once, hidden behind .gz and .xz or not."""
     write("in/b.txt.gz", "packed")
@@ -357,6 +511,61 @@ def test_json_lines(load, write, suffix):
         document="line",
     )
     assert loaded.train.tolist() == byte_ids("eins\nzwei", "drei ?")
+
+
+@pytest.mark.parametrize("record", ['{"text": null}', '{"id": 3}'])
+def test_records_without_a_text_are_an_error_or_skipped_and_counted(load, write, warnings, record):
+    lines = ['{"text": "a"}', record, "", '{"text": ""}', record, '{"text": "b", "id": null}']
+    keys = {
+        "source": "jsonl",
+        "train_files": write("t.jsonl.gz", "\n".join(lines)),
+        "validation_files": write("v.jsonl", '{"text": "v"}'),
+    }
+    with pytest.raises(
+        UserError, match=r"t\.jsonl\.gz line 2: .*config\.data\.missing_text='skip' leaves records"
+    ) as raised:
+        load(**keys)
+    assert "another of" not in str(raised.value)  # no other field would help
+    loaded = load(missing_text="skip", **keys)
+    assert loaded.train.tolist() == byte_ids("a", "b")
+    assert warnings == [
+        f"{keys['train_files']}: 2 records without a text in field 'text' were skipped, the first in line 2 "
+        "(config.data.missing_text is 'skip')"
+    ]
+
+
+def test_skipping_hides_nothing_else(load, write):
+    """A field of another kind is still an error, and so is a name that no record has."""
+    keys = {"source": "jsonl", "missing_text": "skip", "validation_files": write("v.jsonl", '{"text": "v"}')}
+    with pytest.raises(UserError, match=r"line 1: field 'text' is int, not text"):
+        load(train_files=write("t.jsonl", '{"text": 3}'), **keys)
+    keys["train_files"] = write("t.jsonl", '{"text": "a"}\n{"text": "b"}')
+    with pytest.raises(UserError, match=r"holds no text: .*: 2 records without a text in field 'txt' were skipped"):
+        load(text_field="txt", validation_text_field="text", **keys)
+    with pytest.raises(UserError, match=r"'skip' goes with JSON lines, not with config\.data\.source 'text'"):
+        load(**keys | {"source": "text"})
+    with pytest.raises(UserError, match=r"unknown config\.data\.missing_text 'skp': did you mean 'skip'\?"):
+        load(**keys | {"missing_text": "skp"})
+
+
+def test_skipping_is_another_corpus_and_no_skipping_the_same_as_ever(load, write, builds):
+    record = '{"text": "a"}'
+    keys = {
+        "source": "jsonl",
+        "train_files": write("t.jsonl", record),
+        "validation_files": write("v.jsonl", '{"text": "v"}'),
+    }
+    assert load(**keys).fingerprint == load(missing_text="skip", **keys).fingerprint
+    assert corpus._document_keys(make_config("cache", **keys)) == ["jsonl", "text"]  # the caches that there are
+    assert len(builds) == 2
+
+
+def test_halves_of_surrogate_pairs_are_counted(load, write, warnings):
+    text = '{"text": "ok \\ud83d\\ude00"}\n{"text": "\\ud800 \\udc00x"}'
+    train = write("t.jsonl", text)
+    loaded = load(source="jsonl", train_files=train, validation_files=write("v.jsonl", '{"text": "v"}'))
+    assert loaded.train.tolist() == byte_ids("ok \U0001f600", "? ?x")
+    assert warnings == [f"{train}: 2 halves of surrogate pairs are read as '?', the first in line 2"]
 
 
 def test_published_layouts_of_json_lines(load, write):
@@ -809,7 +1018,7 @@ def test_windows_of_a_corpus(load, lines):
         (10, 10, 0, "the text has 10 tokens, and a window of 10 needs 11: lower config.train.length"),
         (0, 1, 0, "the text has 0 tokens"),
         (50, 0, 0, "at least 1 token, not 0: set config.train.length"),
-        (50, 5, -1, "must be 0 or more, not -1: set config.train.seed"),
+        (50, 5, -1, "config.train.seed, must be at least 0, not -1"),
     ],
 )
 def test_bad_windows(tokens, length, seed, message):

@@ -158,6 +158,8 @@ def test_bad_flags_are_one_line(arguments, said, tmp_path):
     [
         ("UTILISATION", 0.0, "--utilisation must be above 0 and at most 1, not 0.0"),
         ("UTILISATION", 40.0, "at most 1, not 40.0"),
+        *(("UTILISATION", value, f"at most 1, not {value}") for value in (-1.0, 1e9, float("nan"), float("inf"))),
+        ("VOCAB_SIZE", -1, "--vocab_size must be at least 1, not -1"),
         ("VOCAB_SIZE", 0, "--vocab_size must be at least 1, not 0"),
     ],
 )

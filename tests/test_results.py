@@ -163,7 +163,7 @@ def test_an_analysis_is_written_without_its_pictures(tmp_path, monkeypatch):
     [
         ({"eval.bootstrap_seed": -1}, "eval.bootstrap_seed must be at least 0, not -1"),
         ({"eval.sequence_seed": -1}, "eval.sequence_seed must be at least 0, not -1"),
-        ({"eval.resamples": 10**9}, "eval.resamples must be at most 1,000,000, not 1,000,000,000"),
+        ({"eval.resamples": 10**9}, "eval.resamples must be at least 1 and at most 1000000, not 1000000000"),
         ({"eval.resamples": 0}, "eval.resamples must be at least 1, not 0"),
         ({"eval.max_tokens": -1}, "eval.max_tokens must be at least 0, not -1"),
         ({"eval.batch_tokens": 0}, "eval.batch_tokens must be at least 1, not 0"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging
 from test_data import byte_ids, folders, make_config
 
 from wavelet_jax.data import corpus, load_corpus
@@ -94,6 +95,19 @@ def test_tokens_in_the_order_of_the_data_set(load, shelf):
     assert set(expected) == {*TEXTS["train"][:-1], "caf\ufffd"}
     assert sorted(texts_of(loaded.validation, loaded.tokenizer)) == ["first", "second", "third"]
     assert len(loaded.train_ends) == 31
+
+
+def test_bytes_that_are_not_utf_8_are_counted(load, shelf, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: warnings.append(message % values))
+    corpus._warn_once.cache_clear()
+    load()
+    source = tfds.builder_from_directory(shelf / "shelf" / "1.9.0").as_data_source("train")
+    (first,) = (number for number in range(len(source)) if source[number]["book_text"] == b"caf\xe9")
+    assert warnings == [
+        "tfds:shelf, split 'train', is not UTF-8 throughout: U+FFFD stands for bytes that are not, 1 times, first in "
+        f"example {first}"
+    ]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])

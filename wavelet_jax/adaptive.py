@@ -29,18 +29,19 @@ from wavelet_jax.errors import UserError
 def clusters(config: ConfigDict, vocab_size: int) -> list[tuple[int, int, int]]:
     """(start, stop, D) of each cluster: words start .. stop - 1 have vectors of D numbers.
 
+    The numbers of `config.model` are in their ranges (`numeric_keys.check`).
+
     Raises:
       UserError: cutoffs that are none, do not ascend or reach the vocabulary; a factor that does not divide d_model.
     """
     cutoffs, width, factor = config.model.cutoffs, config.model.d_model, config.model.adaptive_factor
     bounds = [0, *cutoffs, vocab_size]
-    whole = all(isinstance(cutoff, int) for cutoff in cutoffs)
-    if not cutoffs or not whole or any(stop <= start for start, stop in itertools.pairwise(bounds)):
+    if not cutoffs or any(stop <= start for start, stop in itertools.pairwise(bounds)):
         raise UserError(
             f"model.cutoffs {cutoffs} must be whole numbers that ascend, above 0 and below the vocabulary's size, "
             f"{vocab_size}"
         )
-    if factor < 1 or width % factor ** len(cutoffs):
+    if width % factor ** len(cutoffs):
         raise UserError(
             f"model.adaptive_factor {factor} must divide model.d_model {width} once for each of model.cutoffs {cutoffs}"
         )

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.ranges import Range
 from wavelet_jax.wavelets import T_SIGNS, num_shifts
 
 # The wavelets of Table 4, in its order.
@@ -102,9 +103,10 @@ def level_shift_grid(head_dim: int, num_levels: int = 8, first_level: int = 1) -
       (levels[d], shifts[d]), int32, level by level.
 
     Raises:
-      UserError: s does not divide d.
+      UserError: s does not divide d, or no wavelet has the first level.
     """
     shifts = num_shifts(head_dim, num_levels, "levels")
+    Range(0, MAX_LEVEL, whole=True).check("first_level", first_level)
     levels, shifts = np.meshgrid(first_level + np.arange(num_levels), np.arange(shifts), indexing="ij")
     return levels.ravel().astype(np.int32), shifts.ravel().astype(np.int32)
 
@@ -156,11 +158,14 @@ def discrete_position(
 
     Raises:
       UserError: an unknown name, a level that there is not, levels and shifts of different or wrong shapes, or
-        distances that are no integers.
+        distances, levels or shifts that are not integers.
     """
     if t_sign not in T_SIGNS:
         raise unknown("t_sign", t_sign, T_SIGNS)
-    levels, shifts = np.asarray(levels), np.asarray(shifts, np.int32)
+    levels, shifts = np.asarray(levels), np.asarray(shifts)
+    if not (np.issubdtype(levels.dtype, np.integer) and np.issubdtype(shifts.dtype, np.integer)):
+        raise UserError(f"levels and shifts must be integers, not {levels.dtype} and {shifts.dtype}")
+    shifts = shifts.astype(np.int32)
     if levels.shape != shifts.shape or levels.ndim != 1:
         raise UserError(f"levels {levels.shape} and shifts {shifts.shape} must have one shape, [D]")
     distance = jnp.asarray(distance)

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, processes, results, runs, saved_config, scored_text
+from wavelet_jax import checkpoint, forecast, numeric_keys, processes, results, runs, saved_config, scored_text
 from wavelet_jax.data import Corpus, anchor_paths, check_files, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.files import MissingFile
@@ -39,7 +39,6 @@ COLUMNS = (
     "ci_low",
     "ci_high",
 )
-MOST_RESAMPLES = 1_000_000  # more would not change an interval's third digit
 _DRAWN_AT_ONCE = 2**20  # stretches
 WRITTEN = ("extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json")
 
@@ -387,21 +386,7 @@ def check(
 
 def check_settings(config: ConfigDict) -> None:
     """Raises `UserError` for the first key of a run's own that no evaluation could use."""
-    runs.check_least(
-        {
-            "train.length": (config.train.length, 1),
-            "optimizer.warmup_steps": (config.optimizer.warmup_steps, 0),  # shapes of a whole state are built
-            "eval.max_tokens": (config.eval.max_tokens, 0),
-            "eval.batch_tokens": (config.eval.batch_tokens, 1),
-            "eval.prefill_chunk": (config.eval.prefill_chunk, 0),
-            "eval.sequences": (config.eval.sequences, 0),
-            "eval.sequence_seed": (config.eval.sequence_seed, 0),
-            "eval.resamples": (config.eval.resamples, 1),
-            "eval.bootstrap_seed": (config.eval.bootstrap_seed, 0),
-        }
-    )
-    if config.eval.resamples > MOST_RESAMPLES:
-        raise UserError(f"eval.resamples must be at most {MOST_RESAMPLES:,}, not {config.eval.resamples:,}")
+    numeric_keys.check(config, "model", "train", "optimizer", "eval")
     label = config.compare.label
     if not label.isprintable() or (label and not label.strip()):
         raise UserError(f"compare.label must be letters that show, in one line, not {label!r}")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from wavelet_jax import positions
+from wavelet_jax import numeric_keys, positions
 from wavelet_jax.adaptive import AdaptiveVocabulary
 from wavelet_jax.attention import BACKENDS, KEPT, attention, sharded
 from wavelet_jax.errors import UserError, unknown
@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ConfigDict, vocab_size: int, *, rngs: nnx.Rngs):
-        _check(config)
+        check(config)
         width = config.model.d_model
         self.dtype = jnp.dtype(config.model.dtype)
         self.remat = config.model.remat
@@ -338,7 +338,9 @@ def _dropout(layer: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Arr
     return layer(x, deterministic=key is None, rngs=key)
 
 
-def _check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` for what no decoder can be made of, but for what the position method refuses."""
+    numeric_keys.check(config, "model")
     for name, allowed in (
         ("norm", NORMS),
         ("activation", ACTIVATIONS),
@@ -350,12 +352,6 @@ def _check(config: ConfigDict) -> None:
     ):
         if config.model[name] not in allowed:
             raise unknown(f"model.{name}", config.model[name], allowed)
-    for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"):
-        if not 0 <= config.model[name] < 1:
-            raise UserError(f"model.{name} must be at least 0 and below 1, not {config.model[name]}")
-    for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-        if config.model[name] < 1:
-            raise UserError(f"model.{name} must be at least 1, not {config.model[name]}")
     if config.model.vocabulary == "adaptive" and not config.model.tied_head:
         raise UserError("model.vocabulary 'adaptive' ties its softmax to its input: set model.tied_head to True")
     if config.position.d_model != config.model.d_model:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax import files, processes, saved_config
 from wavelet_jax.errors import UserError, check_local
+from wavelet_jax.ranges import Range
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
@@ -29,7 +30,7 @@ _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the d
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
 FREE_KEYS += ("model.remat", "model.attention_backend", "train.logits_chunk", "train.accumulation")
 FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
-FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file")
+FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -100,44 +101,9 @@ def check_folder(folder: Path) -> None:
 
 
 def check_least(values: dict[str, tuple[float, float]]) -> None:
-    """Raises `UserError` for the first of {name: (value, least allowed)} that is too small, or not finite."""
+    """Raises `UserError` for the first of {name: (value, least allowed)} that is too small, or not a finite number."""
     for name, (value, least) in values.items():
-        if not least <= value < math.inf:
-            raise UserError(f"{name} must be at least {least}{' and finite' * (value == math.inf)}, not {value}")
-
-
-def check_numbers(config: ConfigDict) -> None:
-    """Raises `UserError` for the first number of a run's config with which nothing could be trained."""
-    check_least(
-        {
-            "train.steps": (config.train.steps, 1),
-            "train.length": (config.train.length, 1),
-            "train.batch_size": (config.train.batch_size, 1),
-            "train.accumulation": (config.train.accumulation, 1),
-            "train.logits_chunk": (config.train.logits_chunk, 0),
-            "train.skip_nonfinite": (config.train.skip_nonfinite, 0),
-            "data.threads": (config.data.threads, 1),
-            "data.prefetch": (config.data.prefetch, 0),
-            "optimizer.learning_rate": (config.optimizer.learning_rate, 0),
-            "optimizer.warmup_steps": (config.optimizer.warmup_steps, 0),
-            "optimizer.warmup_start": (config.optimizer.warmup_start, 0),
-            "optimizer.final_fraction": (config.optimizer.final_fraction, 0),
-            "optimizer.eps": (config.optimizer.eps, 0),
-            "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
-            "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
-            "log.every": (config.log.every, 1),
-            "log.slow_update": (config.log.slow_update, 0),
-            "log.slow_seconds": (config.log.slow_seconds, 0),
-            "checkpoint.every": (config.checkpoint.every, 1),
-            "checkpoint.keep": (config.checkpoint.keep, 1),
-            "checkpoint.timeout": (config.checkpoint.timeout, 1),
-            "eval.every": (config.eval.every, 0),
-            "eval.windows": (config.eval.windows, 1),
-        }
-    )
-    for key in ("b1", "b2", "momentum"):
-        if not 0 <= config.optimizer[key] < 1:
-            raise UserError(f"optimizer.{key} must be at least 0 and below 1, not {config.optimizer[key]}")
+        Range(least).check(name, value)
 
 
 def load_config(workdir: Path) -> saved_config.SavedConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from wavelet_jax import positions
+from wavelet_jax import numeric_keys, positions
 from wavelet_jax.errors import UserError
 
 _NUMBERS = tuple[float, ...]  # of whole numbers too, and of lists of them: a grid for every head
@@ -19,43 +19,33 @@ _POSITION = {
     for option, value in positions.options(name).items()
 }
 
-# Types of values by section and key, as configs/default.py sets them; those of the methods' options are the methods'.
-TYPES = {
+# Types of values by section and key, as configs/default.py sets them: texts, flags and lists, ..
+TYPES: dict[str, dict[str, Any]] = {
     "data": {
         **dict.fromkeys(("source", "train_files", "validation_files", "text_field", "validation_text_field"), str),
         **dict.fromkeys(("document", "tfds_dir", "train_split", "validation_split", "tokenizer", "packing"), str),
-        **dict.fromkeys(("tokenizer_file", "cache_dir"), str),
-        **dict.fromkeys(("vocab_size", "threads", "prefetch"), int),
-        "validation_fraction": float,
+        **dict.fromkeys(("tokenizer_file", "cache_dir", "missing_text"), str),
     },
     "model": {
-        **dict.fromkeys(("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"), int),
         **dict.fromkeys(("norm", "activation", "vocabulary", "initializer", "dtype", "remat"), str),
         **dict.fromkeys(("use_bias", "final_norm", "tied_head", "scale_embedding"), bool),
-        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"), float),
         "attention_backend": str,
-        "adaptive_factor": int,
-        "cutoffs": tuple[int, ...],
     },
     "position": {"method": str, **_POSITION},
-    "train": dict.fromkeys(
-        ("steps", "seed", "length", "batch_size", "accumulation", "logits_chunk", "skip_nonfinite"), int
-    ),
-    "optimizer": {
-        **dict.fromkeys(("name", "schedule"), str),
-        **dict.fromkeys(("warmup_steps", "decay_steps"), int),
-        **dict.fromkeys(("learning_rate", "warmup_start", "final_fraction", "b1", "b2", "eps"), float),
-        **dict.fromkeys(("weight_decay", "momentum", "clip_norm"), float),
-    },
-    "log": {"every": int, "slow_update": float, "slow_seconds": float},
-    "checkpoint": dict.fromkeys(("every", "keep", "timeout"), int),
-    "eval": {
-        **dict.fromkeys(("every", "windows", "max_tokens", "sequences", "sequence_seed", "batch_tokens"), int),
-        **dict.fromkeys(("prefill_chunk", "resamples", "bootstrap_seed"), int),
-    },
-    "mesh": dict.fromkeys(("data", "fsdp", "context", "tensor"), int),
-    "compare": {"variants": tuple[str, ...], "label": str, "lengths": tuple[int, ...], "protocol": str},
+    "optimizer": {"name": str, "schedule": str},
+    "compare": {"variants": tuple[str, ...], "label": str, "protocol": str},
 }
+# .. and numbers, which have their ranges in `numeric_keys`.
+for _key, _range in numeric_keys.RANGES.items():
+    _section, _name = _key.split(".")
+    TYPES.setdefault(_section, {})[_name] = int if _range.whole else float
+for _key in numeric_keys.EACH:
+    _section, _name = _key.split(".")
+    TYPES.setdefault(_section, {})[_name] = tuple[int, ...]
+
+# Keys that runs of earlier versions did not have, with the value by which those versions did what they did.
+_LATER = {"data.missing_text": "error"}
+
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", _NUMBERS: "a list of numbers"}
 _NAMES |= {tuple[int, ...]: "a list of whole numbers", tuple[str, ...]: "a list of texts"}
 
@@ -96,7 +86,8 @@ def of_tree(tree: Any, path: Path) -> SavedConfig:
             raise UserError(f"section {section!r} is {_described(values)}, not keys and values")
         for key, value in values.items():
             _check_value(section, key, value)
-        made = {key: _tuples(value) for key, value in values.items()}
+        later = {key.partition(".")[2]: value for key, value in _LATER.items() if key.startswith(f"{section}.")}
+        made = later | {key: _tuples(value) for key, value in values.items()}
         config[section] = SavedConfig(made).of(path, f"{section}.")
     return config
 

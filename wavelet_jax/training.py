@@ -13,9 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from wavelet_jax import sizes
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import Decoder
 from wavelet_jax.nag import nag
+from wavelet_jax.ranges import SEED
 from wavelet_jax.sharding import constrain, into_order, out_of_order, path_of, token_order, tree_shardings
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -163,7 +165,12 @@ def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef,
     Returns:
       graphdef, abstract_state (the last): see `shapes`.
       state: the state before the first update.
+
+    Raises:
+      UserError: before anything is allocated, for a state that no device could hold (`sizes.check`), and for a seed
+        that `seed_key` refuses.
     """
+    sizes.check(config, vocab_size)
     graphdef, abstract_state = shapes(config, vocab_size, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     state = jax.jit(functools.partial(_make_state, config, vocab_size), out_shardings=shardings)()
@@ -171,8 +178,19 @@ def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef,
 
 
 def _make_state(config: ConfigDict, vocab_size: int) -> State:
-    params = nnx.to_pure_dict(nnx.state(Decoder(config, vocab_size, rngs=nnx.Rngs(config.train.seed))))
+    params = nnx.to_pure_dict(nnx.state(Decoder(config, vocab_size, rngs=nnx.Rngs(seed_key(config)))))
     return State(jnp.int32(0), params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
+
+
+def seed_key(config: ConfigDict) -> jax.Array:
+    """The random key of `config.train.seed`, from which parameters and dropout are drawn.
+
+    Raises:
+      UserError: a seed below 0 or of more than 32 bits. `jax.random.key` would drop the higher ones without a word,
+        and two runs of different seeds would share their parameters.
+    """
+    SEED.check("train.seed", config.train.seed)
+    return jax.random.key(config.train.seed)
 
 
 def batch_shape(config: ConfigDict) -> tuple[int, ...]:
@@ -226,7 +244,7 @@ def make_train_step(
         # Of all parts together: parts, and devices, may differ in how many of their targets count.
         counted = _unpack(config, windows)[2]
         count = windows[..., 1:].size if counted is None else jnp.maximum(counted.sum(), 1)
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        key = jax.random.fold_in(seed_key(config), state.step)
 
         keys = jax.random.split(key, accumulation)
         loss_and_grads = jax.value_and_grad(loss_of)

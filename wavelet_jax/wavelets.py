@@ -203,7 +203,12 @@ def support(
     Returns:
       A count of tokens (652 for Ricker at 1e-4 with scales 2^0..2^7 and shifts 0..15), or None where it is
       past any int32 distance.
+
+    Raises:
+      UserError: a tolerance below 0, or one that all wavelets are below everywhere: 1 and more.
     """
+    if not 0 <= tolerance < 1:
+        raise UserError(f"the tolerance of a support must be at least 0 and below 1, not {tolerance}")
     scales, shifts = np.asarray(scales, np.float64), np.asarray(shifts, np.float64)
     furthest = np.max(np.abs(shifts) + scales * _reach(mother, tolerance))
     return int(np.ceil(furthest)) if furthest < 2**31 else None

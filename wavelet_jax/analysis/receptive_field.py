@@ -77,7 +77,7 @@ def texts(num_tokens: int, length: int, count: int) -> list[int]:
     """Where `count` texts of `length` tokens and a target begin: evenly over a stream, fewer where they would be the
     same."""
     last = num_tokens - 1 - length
-    return sorted(set(np.linspace(0, last, count).astype(int).tolist()))
+    return sorted(set(np.linspace(0, last, min(count, last + 1)).astype(int).tolist()))
 
 
 def cumulative_gradient(

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
+from wavelet_jax.data.notes import Notes
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import read_json, user_path
 
@@ -134,7 +136,8 @@ def _document_keys(config) -> list[str]:
             return ["text", config.data.document]
         case "jsonl":
             fields = [config.data.text_field, config.data.validation_text_field]
-            return ["jsonl", *filter(None, fields)]
+            kind = "jsonl" if config.data.missing_text == "error" else "jsonl, missing texts skipped"
+            return [kind, *filter(None, fields)]
         case _:
             splits = [config.data.train_split, config.data.validation_split]
             return ["tfds", tfds_sets.full_name(config), config.data.text_field, *splits]
@@ -152,13 +155,13 @@ def _check_overlap(files: dict[str, list[str]], digests: dict[str, list[str]]) -
             )
 
 
-def _documents(config, files: dict[str, list[str]], label: str) -> Iterator[tuple[str, str]]:
+def _documents(config, files: dict[str, list[str]], label: str, notes: Notes) -> Iterator[tuple[str, str]]:
     """(split, document) for every document, train before validation where both have files."""
-    for document in sources.documents(config, "train", files["train"], label):
+    for document in sources.documents(config, "train", files["train"], label, notes):
         held_out = not files["validation"] and in_validation(document, config.data.validation_fraction)
         yield "validation" if held_out else "train", document
     if files["validation"]:
-        for document in sources.documents(config, "validation", files["validation"], label):
+        for document in sources.documents(config, "validation", files["validation"], label, notes):
             yield "validation", document
 
 
@@ -198,10 +201,10 @@ def _write(config, folder: Path, files: dict[str, list[str]], sha256: Callable[[
     """Writes `_FILES` and, last, meta.json, document by document."""
 
     def train_documents() -> Iterator[str]:
-        every = _documents(config, files, f"{config.data.tokenizer} vocabulary")
+        every = _documents(config, files, f"{config.data.tokenizer} vocabulary", Notes())
         return (document for split, document in every if split == "train")
 
-    tokenizer = tokenizers.train(config, train_documents)
+    tokenizer, notes = tokenizers.train(config, train_documents), Notes()
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
     end = [] if tokenizer.end is None else [np.array([tokenizer.end], dtype)]
     documents, tokens = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
@@ -210,7 +213,7 @@ def _write(config, folder: Path, files: dict[str, list[str]], sha256: Callable[[
             {split: stack.enter_context(open(folder / f"{split}.{kind}", "wb")) for split in tokens}
             for kind in ("bin", "ends")
         )
-        every = _documents(config, files, f"{config.data.tokenizer} tokens")
+        every = _documents(config, files, f"{config.data.tokenizer} tokens", notes)
         for split, ids in stack.enter_context(contextlib.closing(_encoded(config, tokenizer, every))):
             for part in (ids, *end):
                 streams[split].write(part.data)
@@ -219,13 +222,14 @@ def _write(config, folder: Path, files: dict[str, list[str]], sha256: Callable[[
             documents[split] += 1
         for stream in (*streams.values(), *ends.values()):
             _flush(stream)
-    _check_splits(config, documents, files)
+    _check_splits(config, documents, files, notes)
     with open(folder / "tokenizer.json", "w", encoding="utf-8") as file:
         file.write(tokenizer.dump())
         _flush(file)
     meta = {"tokenizer": tokenizer.name, "dtype": dtype.str, "documents": documents, "tokens": tokens}
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
-        json.dump({**meta, "fingerprint": _fingerprint(folder, dtype.str, sha256)}, file, indent=1)
+        fingerprint = _fingerprint(folder, dtype.str, sha256)
+        json.dump({**meta, "notes": notes.lines(), "fingerprint": fingerprint}, file, indent=1)
         _flush(file)
 
 
@@ -268,20 +272,22 @@ def _flush(file) -> None:
     os.fsync(file.fileno())
 
 
-def _check_splits(config, documents: dict[str, int], files: dict[str, list[str]]) -> None:
+def _check_splits(config, documents: dict[str, int], files: dict[str, list[str]], notes: Notes) -> None:
     """Raises `UserError` where a split has no document."""
     total = sum(documents.values())
+    left_out = "".join(f"; {note}" for note in notes.lines())
     for split in ("train", "validation"):
         if files[split] and not (documents[split] if files["validation"] else total):
             raise UserError(
                 f"config.data.{split}_{_kind(config)} holds no text: {len(files[split])} files, all of them blank"
+                f"{left_out}"
             )
         if not documents[split]:
             smaller = "a smaller config.data.document" if config.data.source == "text" else "more documents"
             raise UserError(
                 f"the {split} split is empty: none of {total} documents falls into it by config.data."
                 f"validation_fraction {config.data.validation_fraction}: change it, name "
-                f"config.data.validation_{_kind(config)}, or give {smaller}"
+                f"config.data.validation_{_kind(config)}, or give {smaller}{left_out}"
             )
 
 
@@ -310,10 +316,18 @@ def _open(config, folder: Path, sha256: Callable[[str | Path], str]) -> Corpus |
         tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
         streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))
         ends = (np.memmap(folder / f"{split}.ends", "<i8", "r") for split in ("train", "validation"))
+        for note in meta.get("notes", []):  # corpora of earlier versions have none
+            _warn_once(note)
         return Corpus(*streams, tokenizer, tokenizer.unit, meta["fingerprint"], *ends)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.warning("the token cache %s is damaged (%s): it is built again", folder, error)
         return None
+
+
+@functools.cache
+def _warn_once(note: str) -> None:
+    """Several runs of one command read the same corpus."""
+    logging.warning("%s", note)
 
 
 def _remove_leftovers(cache: Path, held_key: str | None) -> None:

@@ -7,6 +7,7 @@ import io
 import itertools
 import lzma
 import os
+import re
 import sys
 import sysconfig
 import zlib
@@ -16,11 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from wavelet_jax.data import tfds_sets
+from wavelet_jax.data.notes import REPLACEMENT, Notes, count_replaced
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.files import MissingFile, parse_json, user_path
 
 SOURCES = ("python", "text", "jsonl")  # and "tfds:NAME"
 DOCUMENTS = ("file", "line", "paragraph")
+MISSING_TEXTS = ("error", "skip")
 _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)  # gzip's own error is an OSError
 
@@ -35,6 +38,13 @@ def check(config) -> None:
         raise unknown("config.data.source", config.data.source, (*SOURCES, tfds_sets.PREFIX + "NAME"))
     if config.data.document not in DOCUMENTS:
         raise unknown("config.data.document", config.data.document, DOCUMENTS)
+    if config.data.missing_text not in MISSING_TEXTS:
+        raise unknown("config.data.missing_text", config.data.missing_text, MISSING_TEXTS)
+    if config.data.missing_text == "skip" and config.data.source != "jsonl":
+        raise UserError(
+            "config.data.missing_text 'skip' goes with JSON lines, not with config.data.source "
+            f"{config.data.source!r}: leave it at 'error'"
+        )
     if config.data.validation_text_field and not (config.data.source == "jsonl" and config.data.validation_files):
         raise UserError(
             f"config.data.validation_text_field is {config.data.validation_text_field!r}, which goes with JSON lines "
@@ -145,29 +155,49 @@ def digests(files: Iterable[str], sha256: Callable[[str], str]) -> list[str]:
     return result
 
 
-def documents(config, split: str, files: list[str], label: str) -> Iterator[str]:
+def documents(config, split: str, files: list[str], label: str, notes: Notes) -> Iterator[str]:
     """The documents of a split, whose files these are, in their order, without those that hold no text.
 
     A Python source and (by default) a text file is one document; `config.data.document` may make it the line or the
     paragraph (up to a blank line), which then come without their last line end. A JSON line is one document, and so is
-    an example of TFDS. Bytes that are not UTF-8 become U+FFFD; line ends are "\\n" and a "\\r" is text. `label` goes
-    before the progress bar.
+    an example of TFDS. Line ends are "\\n" and a "\\r" is text. Bytes that are not UTF-8 become U+FFFD, halves of
+    surrogate pairs in JSON "?", and JSON lines without a text are left out where `config.data.missing_text` is "skip":
+    all of that is counted in `notes`. `label` goes before the progress bar.
 
     Raises:
       UserError: a file that cannot be read, holds no text but binary data, or has a line that is not as it should be.
     """
     if is_tfds(config):
-        yield from tfds_sets.documents(config, split, label)
+        yield from tfds_sets.documents(config, split, label, notes)
         return
     total = sum(os.path.getsize(file) for file in files)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
         for file in files:
-            before = bar.n
+            before, replaced = bar.n, False
             with _readable(file), open(file, "rb") as raw, _unpack(file, raw) as text:
-                for document in _split(config, split, file, text):
+                for document in _split(config, split, file, text, notes):
                     bar.update(before + raw.tell() - bar.n)
+                    replaced = replaced or REPLACEMENT in document
                     if document.strip():
                         yield document
+            if replaced:
+                _note_replaced(file, notes)
+
+
+def _note_replaced(file: str, notes: Notes) -> None:
+    """Notes how many U+FFFD stand for bytes that are not UTF-8; the file may also hold the character itself.
+
+    Every line is decoded on its own, with the same result: no character of UTF-8 goes over a line end.
+    """
+    what = (
+        f"{file} is not UTF-8 throughout: U+FFFD stands for bytes that are not, {{count}} times, first in line "
+        "{first}; if it is in another encoding, convert it, for example with iconv"
+    )
+    with _readable(file), open(file, "rb") as raw:
+        compression = _compression(file)
+        for number, line in enumerate(_COMPRESSED[compression](raw, "rb") if compression else raw, start=1):
+            if count := count_replaced(line):
+                notes.add(what, str(number), count)
 
 
 def _compression(file: str) -> str:
@@ -193,15 +223,33 @@ def _unpack(file: str, raw: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="\n")
 
 
-def _split(config, split: str, file: str, text: io.TextIOWrapper) -> Iterator[str]:
+def _split(config, split: str, file: str, text: io.TextIOWrapper, notes: Notes) -> Iterator[str]:
     """The documents of one open file of a split."""
     if config.data.source == "jsonl":
         field, key = config.data.text_field, "config.data.text_field"
         if split == "validation" and config.data.validation_text_field:
             field, key = config.data.validation_text_field, "config.data.validation_text_field"
         for number, line in enumerate(text, start=1):
-            if line.strip():
-                yield _json_text(line, field, key, f"{file} line {number}")
+            if not line.strip():
+                continue
+            record = _json_record(line, field, key, f"{file} line {number}")
+            if config.data.missing_text == "skip" and record.get(field) is None:
+                notes.add(
+                    f"{file}: {{count}} records without a text in field {field!r} were skipped, the first in line "
+                    "{first} (config.data.missing_text is 'skip')",
+                    str(number),
+                )
+                continue
+            document = _json_text(record, field, key, f"{file} line {number}")
+            # JSON can escape half of a surrogate pair, which UTF-8 cannot hold.
+            if halves := len(re.findall("[\ud800-\udfff]", document)):
+                notes.add(
+                    f"{file}: {{count}} halves of surrogate pairs are read as '?', the first in line {{first}}",
+                    str(number),
+                    halves,
+                )
+                document = document.encode("utf-8", "replace").decode("utf-8")
+            yield document
     elif config.data.source == "python" or config.data.document == "file":
         yield text.read()
     elif config.data.document == "line":
@@ -212,8 +260,8 @@ def _split(config, split: str, file: str, text: io.TextIOWrapper) -> Iterator[st
                 yield "".join(lines).rstrip("\r\n")
 
 
-def _json_text(line: str, field: str, key: str, place: str) -> str:
-    """The text in a field of one JSON line; the key that named the field and `place` are for errors."""
+def _json_record(line: str, field: str, key: str, place: str) -> dict:
+    """The object of one JSON line; the field, the key that named it and `place` are for errors."""
     try:
         record = parse_json(line, place)
     except UserError as error:
@@ -222,12 +270,19 @@ def _json_text(line: str, field: str, key: str, place: str) -> str:
         raise UserError(
             f"{place} is a JSON {type(record).__name__}, not an object with its text in field {field!r} ({key})"
         )
+    return record
+
+
+def _json_text(record: dict, field: str, key: str, place: str) -> str:
+    """The text in a field of the object of a JSON line; errors as `_json_record`'s."""
+    skip = "config.data.missing_text='skip' leaves records without a text out"
     if field not in record:
-        raise UserError(f"{place}: {unknown(key, field, record)}")
+        raise UserError(f"{place}: {unknown(key, field, record)}; {skip}")
+    if record[field] is None:
+        raise UserError(f"{place}: field {field!r} ({key}) is null, not text: {skip}")
     if not isinstance(record[field], str):
         raise UserError(
             f"{place}: field {field!r} is {type(record[field]).__name__}, not text: set {key} to "
             f"another of {', '.join(record)}"
         )
-    # JSON can escape half of a surrogate pair, which UTF-8 cannot hold.
-    return record[field].encode("utf-8", "replace").decode("utf-8")
+    return record[field]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from wavelet_jax.data.notes import Notes, count_replaced
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.files import MissingFile, user_path
 
@@ -59,11 +60,11 @@ def find_files(config) -> dict[str, list[str]]:
     return {split: [str(part.filename) for part in those] for split, those in parts.items()}
 
 
-def documents(config, split: str, label: str) -> Iterator[str]:
+def documents(config, split: str, label: str, notes: Notes) -> Iterator[str]:
     """The documents of the "train" or the "validation" split, in the data set's order, without those that are blank.
 
-    Grain's threads read `_AHEAD` of them ahead. Bytes that are not UTF-8 become U+FFFD. `label` goes before the
-    progress bar.
+    Grain's threads read `_AHEAD` of them ahead. Bytes that are not UTF-8 become U+FFFD, which is counted in `notes`.
+    `label` goes before the progress bar.
 
     Raises:
       UserError: a file that cannot be read.
@@ -74,21 +75,28 @@ def documents(config, split: str, label: str) -> Iterator[str]:
     wanted = config.data.train_split if split == "train" else config.data.validation_split
     source = _open(config).as_data_source(wanted)
 
-    def text_of(example: dict) -> str:
+    def text_of(example: dict) -> tuple[str, int]:
         if example[field] is None:  # what the reader makes of the records of a file that was cut
             raise ValueError("a record is empty: a file is damaged")
-        return example[field].decode("utf-8", "replace")
+        return example[field].decode("utf-8", "replace"), count_replaced(example[field])
 
     texts = grain.MapDataset.source(source).map(text_of)
     options = grain.ReadOptions(num_threads=min(config.data.threads, _AHEAD), prefetch_buffer_size=_AHEAD)
     with contextlib.closing(iter(texts.to_iter_dataset(options))) as reading:
         bar = tqdm(_named(config, reading), label, len(source), unit=" documents", delay=1, leave=False, disable=None)
-        for text in bar:
+        for number, (text, replaced) in enumerate(bar):
+            if replaced:
+                notes.add(
+                    f"{config.data.source}, split {wanted!r}, is not UTF-8 throughout: U+FFFD stands for bytes that "
+                    "are not, {count} times, first in example {first}",
+                    str(number),
+                    replaced,
+                )
             if text.strip():
                 yield text
 
 
-def _named(config, reading: Iterator[str]) -> Iterator[str]:
+def _named(config, reading: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """The same, with a `UserError` for whatever the reader of ArrayRecord files raises: it has no error of its own."""
     while True:
         try:

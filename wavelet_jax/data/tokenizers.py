@@ -21,6 +21,8 @@ from wavelet_jax.files import MissingFile, user_path
 TOKENIZERS = ("byte", "word", "bpe", "sentencepiece")
 END = "<|endoftext|>"  # how the end of a document looks when decoded; the same letters in a text are plain text
 UNKNOWN, LINE_END = "<unk>", "</s>"
+# The library allocates all of a BPE vocabulary at once, 70 bytes per token, and aborts the process where it cannot.
+_MAX_BPE = 10_000_000
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -100,11 +102,21 @@ class BPE:
     """Byte-level byte-pair encoding (as GPT-2's), and one id past its own for the end of a document.
 
     The end is no token of the `tokenizers` model, so that no text can be mistaken for it.
+
+    A word, in the sense of GPT-2's rule for what is merged together, that is longer than 1,024 characters is read as
+    several, each of 1,024 but the last: learning merges takes time that grows with the square of a word's length. Such
+    words are runs of one kind (letters, digits, signs or white space) as no ordinary text has them: the longest of the
+    Python standard library has 80 characters.
     """
 
     unit = "BPE token"
     _PIECE = 1 << 16  # characters; the library needs some hundred bytes of memory for each it encodes at once
     _BREAK = re.compile(r"(?<=\S)[ \n](?=\S)")
+    _WORD = 1024  # characters
+    # Found in every text with a longer word, of which the first character may be a space. It is tried at the start of a
+    # stretch alone, so that the search is linear.
+    _LONG = re.compile(rf"(?<![^ \n\t\r])[^ \n\t\r]{{{_WORD}}}|(?<!\s)\s{{{_WORD}}}")
+    _BYTE_LEVEL = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
 
     def __init__(self, model: tokenizers.Tokenizer):
         self._model, self.end = model, model.get_vocab_size()
@@ -115,13 +127,12 @@ class BPE:
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "BPE":
         """Learns up to `vocab_size` - 257 merges of pairs that occur at least twice in documents."""
-        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
-        model.pre_tokenizer, model.decoder = byte_level, tokenizers.decoders.ByteLevel()
+        model.pre_tokenizer, model.decoder = cls._BYTE_LEVEL, tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=2,
-            initial_alphabet=sorted(byte_level.alphabet()),
+            initial_alphabet=sorted(cls._BYTE_LEVEL.alphabet()),
             show_progress=False,
         )
         model.train_from_iterator(itertools.chain.from_iterable(map(cls._pieces, documents)), trainer)
@@ -129,12 +140,56 @@ class BPE:
 
     @classmethod
     def _pieces(cls, text: str) -> Iterator[str]:
-        """Cuts a long text where it changes no token: in front of a lone space or line end, where one ends anyway."""
+        """Cuts a long text where it changes no token: in front of a lone space or line end, where one ends anyway.
+
+        Words longer than `_WORD` are cut too, and change.
+        """
+        if cls._LONG.search(text):
+            yield from cls._pieces_of_long_words(text)
+            return
         start = 0
         while cut := cls._BREAK.search(text, start + cls._PIECE):
             yield text[start : cut.start()]
             start = cut.start()
         yield text[start:]
+
+    @classmethod
+    def _pieces_of_long_words(cls, text: str) -> Iterator[str]:
+        """`_pieces` of a text that may have words longer than `_WORD`: found window by window, by the library's rule.
+
+        The rule looks at no character before a word, and at few after it: where it is cut, a word must not end in white
+        space, which goes another way in front of other text, and must lie before the last two characters of the window,
+        of which the next ones may make a contraction ('re).
+        """
+        start, size = 0, max(cls._PIECE, 4 * cls._WORD)
+        while start < len(text):
+            window = text[start : start + size]
+            words = [span for _, span in cls._BYTE_LEVEL.pre_tokenize_str(window)]
+            whole = start + size >= len(text)
+            first, safe = 0, 0  # of the next piece; where it may end
+            for begin, end in words if whole else words[:-1]:
+                if end - begin > cls._WORD:
+                    yield window[first : begin + cls._WORD]
+                    yield from cls._cut(window[begin + cls._WORD : end])
+                    first = safe = end
+                elif end <= len(window) - 2 and not window[end - 1].isspace():
+                    safe = end
+            if whole:
+                yield window[first:]
+                return
+            if safe > first:
+                yield window[first:safe]
+            elif not first:  # white space at most, and then a word that goes on after the window
+                begin = words[-1][0]
+                safe = begin + (len(window) - begin) // cls._WORD * cls._WORD
+                yield window[: begin + cls._WORD]
+                yield from cls._cut(window[begin + cls._WORD : safe])
+            start += safe
+
+    @classmethod
+    def _cut(cls, word: str) -> Iterator[str]:
+        """The rest of a long word, in pieces of `_WORD` and a last one."""
+        return (word[start : start + cls._WORD] for start in range(0, len(word), cls._WORD))
 
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate([np.array(self._model.encode(piece).ids, self._dtype) for piece in self._pieces(text)])
@@ -243,10 +298,10 @@ def specification(config) -> list:
                 )
             return [name, size]
         case "bpe":
-            if size < 257:
+            if not 257 <= size <= _MAX_BPE:
                 raise UserError(
                     f"config.data.vocab_size is {size}: bpe needs a size to train, 257 (all bytes and the end of a "
-                    "document) or more, such as 4096"
+                    f"document) to {_MAX_BPE:,}, such as 4096"
                 )
             return [name, size, tokenizers.__version__]  # another version may learn other merges
         case "sentencepiece":

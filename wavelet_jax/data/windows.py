@@ -6,8 +6,10 @@ from typing import TypeVar
 import numpy as np
 
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.ranges import Range
 
 PACKINGS = ("none", "documents")
+_SEED = Range(0, 2**63 - 1, whole=True)  # Grain tells all of them apart
 Item = TypeVar("Item")
 
 
@@ -25,18 +27,17 @@ class Windows:
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int, ends: np.ndarray | None = None):
-        """Takes a 1-D token stream of any integer dtype, and a seed >= 0; the stream may be memory-mapped.
+        """Takes a 1-D token stream of any integer dtype, which may be memory-mapped, and a seed from 0 to 2^63 - 1.
 
         ends: to pack documents: for each, the number of tokens up to and with its last one, ascending, int64 (of
           another dtype a memory-mapped array would be copied whole).
 
         Raises:
-          UserError: the stream is shorter than one window; length below 1; a negative seed.
+          UserError: the stream is shorter than one window; length below 1; a seed out of its range.
         """
         if length < 1:
             raise UserError(f"a window holds at least 1 token, not {length}: set config.train.length")
-        if seed < 0:
-            raise UserError(f"the seed of the shuffle must be 0 or more, not {seed}: set config.train.seed")
+        _SEED.check("the seed of the shuffle, config.train.seed,", seed)
         if len(tokens) < length + 1:
             raise UserError(
                 f"the text has {len(tokens)} tokens, and a window of {length} needs {length + 1}: lower "

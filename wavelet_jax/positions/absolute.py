@@ -9,8 +9,9 @@ import numpy as np
 
 from wavelet_jax.angles import angle
 from wavelet_jax.errors import UserError
-from wavelet_jax.positions.rope import frequencies
+from wavelet_jax.positions.rope import THETA, frequencies
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import COUNT, COUNT_OR_NONE, check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,9 @@ class NoPE:
     num_heads: int
     head_dim: int
     per_layer: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_options("nope", self)
 
     def init(self, key: jax.Array) -> Params:
         return {}
@@ -42,6 +46,7 @@ class Sinusoidal:
     per_layer: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_options("sinusoidal", self, theta=THETA, d_model=COUNT_OR_NONE)
         object.__setattr__(self, "d_model", self.d_model or self.num_heads * self.head_dim)
         if self.d_model % 2:
             raise UserError(f"sinusoidal positions come in pairs: d_model {self.d_model} must be even")
@@ -72,9 +77,8 @@ class Learned:
     per_layer: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_options("learned", self, max_positions=COUNT, d_model=COUNT_OR_NONE)
         object.__setattr__(self, "d_model", self.d_model or self.num_heads * self.head_dim)
-        if self.max_positions < 1:
-            raise UserError(f"learned's max_positions must be at least 1, not {self.max_positions}")
 
     def init(self, key: jax.Array) -> Params:
         return {"table": 0.02 * jax.random.normal(key, (self.max_positions, self.d_model))}

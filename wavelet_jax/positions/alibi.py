@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import check_options
 
 
 def slopes(num_heads: int) -> np.ndarray:
@@ -29,6 +30,9 @@ class ALiBi:
     num_heads: int
     head_dim: int
     per_layer: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_options("alibi", self)
 
     def init(self, key: jax.Array) -> Params:
         return {}

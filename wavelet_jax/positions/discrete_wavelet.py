@@ -9,6 +9,7 @@ import jax
 from wavelet_jax import discrete
 from wavelet_jax.errors import unknown
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import HEADS, Range, check_options
 from wavelet_jax.wavelets import T_SIGNS
 
 
@@ -38,6 +39,8 @@ class DiscreteWavelet:
     per_layer: ClassVar[bool] = False
 
     def __post_init__(self):
+        levels = Range(0, discrete.MAX_LEVEL, whole=True)
+        check_options("discrete_wavelet", self, num_levels=HEADS, first_level=levels)
         if self.t_sign not in T_SIGNS:
             raise unknown("t_sign", self.t_sign, T_SIGNS)
         discrete.support(**self._columns())  # raises for what there is not

@@ -10,12 +10,15 @@ import numpy as np
 from wavelet_jax.angles import angle
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import Range, check_options
 
 LAYOUTS = ("half_split", "interleaved")
+THETA = Range(1)  # frequencies are then at most 1 radian per position, as `angle` wants them below 2 pi
 
 
 def frequencies(dim: int, theta: float = 10000.0) -> np.ndarray:
-    """theta^(-2i / dim), i = 0 .. dim/2 - 1: radians a position, float64."""
+    """theta^(-2i / dim), i = 0 .. dim/2 - 1: radians per position, float64. Raises `UserError` for a theta below 1."""
+    THETA.check("theta", theta)
     return theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
@@ -30,7 +33,7 @@ def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, l
         with the other.
 
     Raises:
-      UserError: unknown layout.
+      UserError: unknown layout, or a theta below 1.
     """
     if layout not in LAYOUTS:
         raise unknown("RoPE layout", layout, LAYOUTS)
@@ -58,12 +61,11 @@ class RoPE:
     per_layer: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_options("rope", self, theta=THETA)
         if self.layout not in LAYOUTS:
             raise unknown("RoPE layout", self.layout, LAYOUTS)
         if self.head_dim % 2:
             raise UserError(f"rope rotates pairs of dimensions: head_dim {self.head_dim} must be even")
-        if self.theta < 1:
-            raise UserError(f"rope's theta must be at least 1, not {self.theta}")
 
     def init(self, key: jax.Array) -> Params:
         return {}

@@ -6,8 +6,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import Range, check_options
+
+CLIP_DISTANCE = Range(1, 2**30 - 1, whole=True)  # the table's 2 k + 1 rows are counted by int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +28,7 @@ class Shaw:
     per_layer: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.clip_distance < 1:
-            raise UserError(f"shaw's clip_distance must be at least 1, not {self.clip_distance}")
+        check_options("shaw", self, clip_distance=CLIP_DISTANCE)
 
     def init(self, key: jax.Array) -> Params:
         shape = (2 * self.clip_distance + 1, self.head_dim)

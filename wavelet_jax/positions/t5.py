@@ -9,6 +9,7 @@ import numpy as np
 
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import COUNT, check_options
 
 
 def buckets(
@@ -50,6 +51,7 @@ class T5:
     per_layer: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_options("t5", self, num_buckets=COUNT, max_distance=COUNT)  # distances are int32
         least = 4 if self.bidirectional else 2
         if self.num_buckets < least or self.num_buckets % least:
             raise UserError(f"t5's num_buckets must be a multiple of {least}, not {self.num_buckets}")

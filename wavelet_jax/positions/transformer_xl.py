@@ -9,8 +9,9 @@ import numpy as np
 
 from wavelet_jax.angles import angle
 from wavelet_jax.errors import UserError
-from wavelet_jax.positions.rope import frequencies
+from wavelet_jax.positions.rope import THETA, frequencies
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import COUNT_OR_NONE, check_options
 
 
 def sinusoid(positions: jax.Array, dim: int, theta: float = 10000.0) -> jax.Array:
@@ -35,6 +36,7 @@ class TransformerXL:
     per_layer: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_options("transformer_xl", self, theta=THETA, d_model=COUNT_OR_NONE)
         object.__setattr__(self, "d_model", self.d_model or self.num_heads * self.head_dim)
         if self.d_model % 2:
             raise UserError(f"transformer_xl's sinusoid has pairs: d_model {self.d_model} must be even")

@@ -10,6 +10,7 @@ import numpy as np
 
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Params, Terms
+from wavelet_jax.ranges import HEADS, Range, check_options
 from wavelet_jax.wavelets import MOTHERS, T_SIGNS, scale_shift_grid, support, wavelet_position
 
 
@@ -39,6 +40,10 @@ class Wavelet:
     per_layer: ClassVar[bool] = False
 
     def __post_init__(self):
+        exponents = Range(-60, 127, whole=True)  # as `scale_shift_grid` has them for one scale
+        # All of a wavelet is below a tolerance of 1.
+        tolerance = Range(0, 1, below=True)
+        check_options("wavelet", self, num_scales=HEADS, first_exponent=exponents, support_tolerance=tolerance)
         if not callable(self.mother) and self.mother not in MOTHERS:
             raise unknown("mother wavelet", self.mother, MOTHERS)
         if self.t_sign not in T_SIGNS:
@@ -47,7 +52,7 @@ class Wavelet:
             try:
                 with np.errstate(over="ignore"):  # past float32 is infinite, and refused below
                     array = np.asarray(getattr(self, name), np.float32)
-            except ValueError:
+            except (ValueError, TypeError):
                 raise UserError(f"{name} must be numbers of shape [head_dim] or [num_heads, head_dim]") from None
             object.__setattr__(self, name, tuple(tuple(row) if np.ndim(row) else row for row in array.tolist()))
         scales, shifts = self.grid()
