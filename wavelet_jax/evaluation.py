@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavelet_jax import checkpoint, forecast, processes, runs, scored_text
+from wavelet_jax import atomic, checkpoint, forecast, processes, runs, scored_text
 from wavelet_jax.data import Corpus, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import make_position
@@ -282,7 +282,7 @@ def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> None:
     """Writes extrapolation.csv, extrapolation.png, loss_by_position.png and stamp.json into `out`."""
     from wavelet_jax import figures  # matplotlib takes a second to import, and bad input should not wait for it
 
-    with runs.written_together(out) as partial:
+    with atomic.written_together(out) as partial:
         with (partial / "extrapolation.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from wavelet_jax import cli, runs
+from wavelet_jax import atomic, cli, runs, terminal
 from wavelet_jax.errors import UserError, unknown
 
 RESULTS = flags.DEFINE_multi_string("results", [], "folder with an extrapolation.csv; once for every one to compare")
@@ -173,7 +173,7 @@ def write(pairs: Sequence[Pair], out: Path) -> None:
     from wavelet_jax import figures  # matplotlib takes a second to import
 
     lines = [pair.line() for pair in pairs]
-    with runs.written_together(out) as partial:
+    with atomic.written_together(out) as partial:
         with (partial / "comparison.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
@@ -263,6 +263,8 @@ def main() -> None:
     if OUT.value:
         write(pairs, Path(OUT.value))
         print("\nwritten:", *(Path(OUT.value) / name for name in ("comparison.csv", "comparison.png")), sep="\n  ")
+    else:
+        terminal.check()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ what is written once. Call `start` before anything asks JAX for its devices.
 import json
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -15,6 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from wavelet_jax.errors import UserError
+
+_PATIENCE = 5.0  # seconds that a process that is done waits for its own threads
 
 
 def count(environment: Mapping[str, str]) -> int:
@@ -120,13 +123,27 @@ def _gather(text: str) -> list[str]:
 
 
 def end(code: int) -> NoReturn:
-    """Leaves with an exit code.
+    """Leaves at once with an exit code, after an error.
 
-    One of several processes leaves at once: at an ordinary end it would first wait for the others, who wait for it.
-    They are told by the coordinator that it is gone, and end with an error of their own.
+    An ordinary end would wait: for threads of a save that failed, which wait for it for ever, and for other processes,
+    which wait for this one. Those are told by the coordinator that it is gone.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def leave(code: int | str | None) -> NoReturn:
+    """Leaves with an exit code when all is done: with the other processes, and within `_PATIENCE` after them.
+
+    A save that failed on the way may have left threads that never end.
+    """
+    if isinstance(code, str):  # as `sys.exit` takes it
+        print(code, file=sys.stderr)
+        code = 1
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    at_last = threading.Timer(_PATIENCE, end, (code or 0,))
+    at_last.daemon = True
+    at_last.start()
     sys.exit(code)

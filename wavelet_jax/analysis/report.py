@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, evaluation, memory, runs, sharding, training
+from wavelet_jax import atomic, checkpoint, evaluation, memory, runs, sharding, training
 from wavelet_jax.analysis import attention_maps, receptive_field
 from wavelet_jax.data import Corpus
 from wavelet_jax.errors import UserError
@@ -228,7 +228,7 @@ def _write(
 
     updates = ", ".join(f"{name} at update {step:,}" for name, step in stamp["updates"].items())
     note = f"{stamp['text']}; {stamp['tokenizer']} tokenizer; {updates}"
-    with runs.written_together(out) as partial:
+    with atomic.written_together(out) as partial:
         for layer in stamp["layers"]:
             for threshold in stamp["thresholds"]:
                 path = partial / f"attention_map_layer{layer}_{threshold:g}.png"
