@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
     """One run, from wherever its directory stands to `config.train.steps` updates, or to a signal."""
     mesh = sharding.make_mesh(config)
     sharding.check_batch(config, mesh)
-    runs.check_config(workdir, config)
+    check(workdir, config)
     profile = profiling.Profile(workdir / "profile", profile_steps, config.train.steps)
     corpus = load_corpus(config)
     runs.check_processes(config, corpus.fingerprint)
@@ -141,6 +141,12 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
     stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command goes on")
 
 
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Raises `UserError` where the directory is not one in which this run can begin or go on. Writes nothing."""
+    runs.check_config(workdir, config)
+    checkpoint.check_whole(workdir)
+
+
 def compare(
     config: ConfigDict, variants: dict[str, ConfigDict], workdir: Path, stop: stopping.Stop, profile_steps: str | None
 ) -> None:
@@ -149,7 +155,7 @@ def compare(
     lengths, protocol = config.compare.lengths, config.compare.protocol
     evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
-        runs.check_config(directory, each)
+        check(directory, each)
     for each, directory in zip(configs, workdirs, strict=True):
         train(each, directory, stop, profile_steps)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)
