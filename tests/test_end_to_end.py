@@ -304,7 +304,11 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
             "--config.position.method=alib",
             *data_flags,
         ],
-        'Did you mean "theta"': [f"{smoke}:rope", "--config.position.teta=3", *data_flags],
+        "unknown config key 'position.teta': did you mean 'position.theta'?": [
+            f"{smoke}:rope",
+            "--config.position.teta=3",
+            *data_flags,
+        ],
         "unknown mother wavelet 'riker': did you mean 'ricker'?": [
             smoke,
             "--config.position.mother=riker",

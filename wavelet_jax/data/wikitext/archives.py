@@ -104,7 +104,7 @@ def fetch(name: str, folder: Path) -> Path:
             if expected and partial.stat().st_size != expected:
                 raise OSError(f"it ended after {partial.stat().st_size:,} of {expected:,} bytes")
             if not zipfile.is_zipfile(partial):
-                raise OSError("it is not a zip archive")
+                raise OSError("it is no zip archive")
     except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
         raise UserError(f"cannot download {address} ({error}): {instructions(name, folder)}") from error
     return archive
