@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import is_config_flag
@@ -20,6 +21,12 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of several processe
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "of several processes: which of them this is, from 0")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "join the cluster that JAX finds; left out: where the environment counts several processes"
+)
+JOIN_TIMEOUT = flags.DEFINE_float(
+    "join_timeout", processes.JOIN_TIMEOUT, "of several processes: seconds within which all must have come"
+)
+PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout", processes.PEER_TIMEOUT, "seconds without a sign of life after which a process is taken for gone"
 )
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
@@ -100,7 +107,14 @@ def run(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:  # absl would show what libraries say at INFO
             logging.set_verbosity(logging.WARNING)
             choice.setLevel(std_logging.INFO)
-        processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
+        processes.start(
+            COORDINATOR.value,
+            NUM_PROCESSES.value,
+            PROCESS_ID.value,
+            DISTRIBUTED.value,
+            JOIN_TIMEOUT.value,
+            PEER_TIMEOUT.value,
+        )
         main()
 
     terminal.protect()
@@ -112,6 +126,8 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         processes.end(2)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            processes.wait_for_verdict()  # a collective fails when another process is gone
         traceback.print_exc()
         processes.end(1)
