@@ -9,8 +9,8 @@
 A run that was stopped goes on when the same command is given again, to the same losses.
 
 Exit codes: 0 when all is done; 2 for what a user can mend, said in one line (bad input, a loss that is not finite, no
-room on the disk for the last checkpoint); 143 after SIGTERM and 130 after SIGINT, when the update that ran is finished
-and saved. A second signal ends the process at once, with the same code.
+room on the disk for the last checkpoint, another process of the run that is gone); 143 after SIGTERM and 130 after
+SIGINT, when the update that ran is finished and saved. A second signal ends the process at once, with the same code.
 """
 
 import contextlib

@@ -43,11 +43,12 @@ class Watch:
         self._beat_every = min(beat, patience / 10)
         self._others = [each for each in range(count) if each != number]
         self._closed = threading.Event()
+        self._beats, self._signs = 0, {}
         self._forgive()
 
     def start(self) -> None:
-        for run in (self._show, self._judge):
-            threading.Thread(target=run, name="peers", daemon=True).start()
+        for act in (self.show, self.look):
+            threading.Thread(target=self._repeat, args=(act,), name="peers", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
@@ -56,43 +57,39 @@ class Watch:
         """Returns when a process that is gone by now would have been found out."""
         self._closed.wait(self._patience + 5 * self._beat_every)
 
-    def gone(self) -> str | None:
-        """Which process has given no sign of life for too long, in words; None where all have."""
-        since = time.monotonic() - self._patience
-        silent = [number for number in self._others if self._heard[number] < since]
-        numbers = [0] if self._answered < since else silent  # without process 0 nothing is known of the others
-        if not numbers:
-            return None
-        which = f"process{'es' * (len(numbers) > 1)} {', '.join(map(str, numbers))} of {len(self._others) + 1}"
-        return f"{which} gave no sign of life for {self._patience:g} s: ended, frozen, or out of reach"
+    def show(self) -> None:
+        """Gives a sign of life, and notes those of the others."""
+        self._beats += 1
+        with contextlib.suppress(Exception):  # the silence will tell
+            self._store.key_value_set(f"{_ALIVE}/{self._number}", str(self._beats), allow_overwrite=True)
+            signs = {int(key.rpartition("/")[2]): value for key, value in self._store.key_value_dir_get(_ALIVE)}
+            self._answered = time.monotonic()
+            for number in self._others:
+                if signs.get(number) != self._signs.get(number):
+                    self._heard[number] = self._answered
+            self._signs = signs
+
+    def look(self) -> None:
+        """Leaves where a process has given no sign of life for too long."""
+        now = time.monotonic()
+        if now - self._looked > self._patience / 2:  # this process was frozen itself, perhaps with all the others
+            self._forgive()
+        self._looked = now
+        silent = [number for number in self._others if self._heard[number] < now - self._patience]
+        if self._answered < now - self._patience:
+            silent = [0]  # without it nothing is known of the others
+        if silent:
+            self.close()
+            which = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))} of {len(self._others) + 1}"
+            self._leave(f"{which} gave no sign of life for {self._patience:g} s: ended, frozen, or out of reach")
 
     def _forgive(self) -> None:
-        self._answered = time.monotonic()  # when the store last answered
-        self._heard = dict.fromkeys(self._others, self._answered)  # when another process last gave a sign of life
+        self._looked = self._answered = time.monotonic()  # when this process last looked, and the store last answered
+        self._heard = dict.fromkeys(self._others, self._answered)  # when each of the others last gave a sign of life
 
-    def _show(self) -> None:
-        said, beats = {}, 0
+    def _repeat(self, act: Callable[[], None]) -> None:
         while not self._closed.wait(self._beat_every):
-            beats += 1
-            with contextlib.suppress(Exception):  # the silence will tell
-                self._store.key_value_set(f"{_ALIVE}/{self._number}", str(beats), allow_overwrite=True)
-                found = {int(key.rpartition("/")[2]): value for key, value in self._store.key_value_dir_get(_ALIVE)}
-                self._answered = time.monotonic()
-                for number in self._others:
-                    if found.get(number) != said.get(number):
-                        self._heard[number] = self._answered
-                said = found
-
-    def _judge(self) -> None:
-        before = time.monotonic()
-        while not self._closed.wait(self._beat_every):
-            now = time.monotonic()
-            if now - before > self._patience / 2:  # this process itself was frozen, perhaps with all the others
-                self._forgive()
-            before = now
-            if gone := self.gone():
-                self._leave(gone)
-                return
+            act()
 
 
 def relay(address: str) -> str:

@@ -141,6 +141,7 @@ def _watch_others(patience: float) -> None:
 
 
 def _give_up(why: str) -> NoReturn:
+    _leave_at_last(2)
     print(f"\nerror: {why}", file=sys.stderr)
     end(2)
 
@@ -207,7 +208,13 @@ def leave(code: int | str | None) -> NoReturn:
         _watch.close()
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
-    at_last = threading.Timer(_PATIENCE, end, (code or 0,))
-    at_last.daemon = True
-    at_last.start()
+    sys.stdout.flush()  # before, since whoever reads it may take his time
+    _leave_at_last(code or 0)
     sys.exit(code)
+
+
+def _leave_at_last(code: int) -> None:
+    """Ends the process after `_PATIENCE`, whatever it waits for then."""
+    timer = threading.Timer(_PATIENCE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
