@@ -67,7 +67,7 @@ def make_folder(folder: Path) -> None:
     refuse_links(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: move it away, or use another one")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_links(*paths: Path) -> None:
