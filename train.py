@@ -9,8 +9,8 @@
 A run that was stopped goes on when the same command is given again, to the same losses.
 
 Exit codes: 0 when all is done; 2 for what a user can mend, said in one line (bad input, a loss that is not finite, no
-room on the disk for the last checkpoint); 143 after SIGTERM and 130 after SIGINT, when the update that ran is finished
-and saved. A second signal ends the process at once, with the same code.
+room on the disk for the last checkpoint, another process of the run that is gone); 143 after SIGTERM and 130 after
+SIGINT, when the update that ran is finished and saved. A second signal ends the process at once, with the same code.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
     """One run, from wherever its directory stands to `config.train.steps` updates, or to a signal."""
     mesh = sharding.make_mesh(config)
     sharding.check_batch(config, mesh)
-    runs.check_config(workdir, config)
+    check(workdir, config)
     profile = profiling.Profile(workdir / "profile", profile_steps, config.train.steps)
     corpus = load_corpus(config)
     runs.check_processes(config, corpus.fingerprint)
@@ -144,6 +144,12 @@ def train(config: ConfigDict, workdir: Path, stop: stopping.Stop, profile_steps:
     stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command goes on")
 
 
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Raises `UserError` where the directory is not one in which this run can begin or go on. Writes nothing."""
+    runs.check_config(workdir, config)
+    checkpoint.check_whole(workdir)
+
+
 def compare(
     config: ConfigDict, variants: dict[str, ConfigDict], workdir: Path, stop: stopping.Stop, profile_steps: str | None
 ) -> None:
@@ -152,7 +158,7 @@ def compare(
     lengths, protocol = config.compare.lengths, config.compare.protocol
     evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
-        runs.check_config(directory, each)
+        check(directory, each)
     evaluation.check_memory(configs, workdirs, lengths=lengths, protocol=protocol)
     for each, directory in zip(configs, workdirs, strict=True):
         train(each, directory, stop, profile_steps)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from wavelet_jax import runs
+from wavelet_jax import atomic, runs
 from wavelet_jax.errors import UserError, unknown
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "x-transformers")  # whose versions are kept, where installed
@@ -104,10 +104,8 @@ def threads() -> int:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes JSON, whole or not at all; arrays become lists. Raises `UserError` where the folder cannot be made."""
     runs.check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1, default=_plain, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with atomic.replaced(path) as partial:
+        partial.write_text(json.dumps(results, indent=1, default=_plain, allow_nan=False) + "\n")
 
 
 def _progress(what: str, total: int) -> tqdm:

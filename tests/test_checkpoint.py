@@ -172,7 +172,7 @@ def test_whatever_is_damaged_the_values_are_right(saved, tmp_path, warned):
         (lambda folder: remove(folder / checksums.NAME), "checksums.b2 is missing"),
         (lambda folder: truncate(folder / checksums.NAME), "checksums.b2 is not as it was written"),
         (lambda folder: empty_folder(folder), "it is empty"),
-        (lambda folder: replace_by_file(folder), "it is no folder"),
+        (lambda folder: replace_by_file(folder), "it is not a folder"),
     ],
 )
 def test_the_warning_says_why(saved, tmp_path, warned, damage, reason):
@@ -288,6 +288,15 @@ def test_checksums_are_those_of_b2sum(saved):
     checked = {line.removesuffix(": OK") for line in out}
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert there - checked == {checksums.NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def test_what_a_killed_save_left_is_removed_whatever_it_is(saved, tmp_path):
+    copy(saved, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "60.orbax-checkpoint-tmp").mkdir()
+    (folder / "80.orbax-checkpoint-tmp").write_text("")
+    assert same(restore(tmp_path / "run")[0], make_state(40))
+    assert sorted(path.name for path in folder.iterdir()) == ["20", "40"]
 
 
 FAILING_SAVES = """
@@ -463,6 +472,24 @@ def test_one_more_than_allowed_stops_the_run(tmp_path, allowed, look):
         with pytest.raises(UserError, match=rf"update {bad}: loss nan, gradient norm nan.*train.skip_nonfinite"):
             guard.made(bad if look else bad + 1, update(allowed + 1 if look else allowed + 2), look=look)
     assert list(log.written) == [bad]
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ([], "; no checkpoint was saved before it: "),
+        (["none-yet"], "; no checkpoint was saved before it: "),
+        (["20"], "; the checkpoints in .* are from before it: "),
+        (["20.orbax-checkpoint-tmp"], "; the checkpoints in .* are from before it: "),  # which is being written
+    ],
+)
+def test_the_message_speaks_of_checkpoints_where_there_are_some(tmp_path, there, said):
+    for name in there:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    config = smoke.get_config()
+    config.train.skip_nonfinite = 0
+    with guards.Guard(config, tmp_path, Lines()) as guard, pytest.raises(UserError, match=said):
+        guard.made(1, update(1), look=True)
 
 
 def test_a_slow_update_is_told_once(warned):

@@ -304,7 +304,11 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
             "--config.position.method=alib",
             *data_flags,
         ],
-        'Did you mean "theta"': [f"{smoke}:rope", "--config.position.teta=3", *data_flags],
+        "unknown config key 'position.teta': did you mean 'position.theta'?": [
+            f"{smoke}:rope",
+            "--config.position.teta=3",
+            *data_flags,
+        ],
         "unknown mother wavelet 'riker': did you mean 'ricker'?": [
             smoke,
             "--config.position.mother=riker",
@@ -368,8 +372,8 @@ def test_damaged_and_finished_runs(whole_runs, data_flags, tmp_path):
     )
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "is no folder" in refused("train.py", *smoke, f"--workdir={place}")
-        assert "is no folder" in refused("eval.py", finished, "--lengths=64", f"--out={place}")
+        assert "is not a folder" in refused("train.py", *smoke, f"--workdir={place}")
+        assert "is not a folder" in refused("eval.py", finished, "--lengths=64", f"--out={place}")
     (tmp_path / "config.json").write_text('{"train": ')
     assert "config.json is damaged" in refused("train.py", *smoke, f"--workdir={tmp_path}")
 

@@ -3,15 +3,17 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, free_port
 
-from wavelet_jax import processes, runs, sharding
+from wavelet_jax import peers, processes, runs, sharding
 from wavelet_jax.data import Windows
 from wavelet_jax.errors import UserError
 
@@ -144,9 +146,155 @@ def together(
         for process in running:
             process.kill()
     assert all(process.returncode == code for process in running), [err for _, err in ended]
-    said = [line for out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
+    said = [line for out, _ in ended[1:] for line in out.splitlines()]
+    said = [line for line in said if "[Gloo]" not in line and "peer ranks" not in line]  # two of its lines may mix
     assert said == []
     return [err for _, err in ended]
+
+
+# -- a process that is missing, frozen or killed ---------------------------------------------------------------------
+
+
+class Store:
+    """What process 0 keeps for three processes."""
+
+    def __init__(self):
+        self.signs, self.answers = {}, True
+
+    def key_value_set(self, key, value, allow_overwrite):
+        assert allow_overwrite
+        if not self.answers:
+            raise RuntimeError("UNAVAILABLE")
+        self.signs[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.signs.items() if key.startswith(prefix)]
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Three processes with a clock: pass_by(seconds, alive) lets time pass; those alive give signs each second."""
+    clock, store, said = [1000.0], Store(), {0: [], 1: [], 2: []}
+    monkeypatch.setattr(peers.time, "monotonic", lambda: clock[0])
+    watching = [peers.Watch(store, number, 3, 60, said[number].append) for number in range(3)]
+
+    def pass_by(seconds, alive):
+        for _ in range(seconds):
+            clock[0] += 1
+            for number in alive:
+                watching[number].show()
+                watching[number].look()
+
+    return pass_by, store, said, clock
+
+
+def test_a_process_that_gives_no_sign_of_life_is_named(watches):
+    pass_by, _, said, _ = watches
+    pass_by(500, [0, 1, 2])
+    pass_by(60, [0, 2])
+    assert said == {0: [], 1: [], 2: []}
+    pass_by(2, [0, 2])  # process 0 sees a sign one turn later than process 2
+    expected = "process 1 of 3 gave no sign of life for 60 s: ended, frozen, or out of reach"
+    assert {number: set(lines) for number, lines in said.items()} == {0: {expected}, 1: set(), 2: {expected}}
+
+
+def test_without_process_0_nothing_is_known_of_the_others(watches):
+    pass_by, store, said, _ = watches
+    pass_by(5, [0, 1, 2])
+    store.answers = False
+    pass_by(61, [1, 2])
+    assert [line.split(" gave")[0] for line in said[1] + said[2]] == ["process 0 of 3"] * 2
+
+
+def test_a_run_that_was_frozen_as_a_whole_goes_on(watches):
+    """As by a scheduler that suspends it."""
+    pass_by, _, said, clock = watches
+    pass_by(5, [0, 1, 2])
+    clock[0] += 10_000
+    for _ in range(10):
+        pass_by(1, [2, 1, 0])
+    assert said == {0: [], 1: [], 2: []}
+
+
+WAITING = """
+import sys, time
+from wavelet_jax import processes, terminal
+terminal.protect()
+processes.start(sys.argv[1], 2, int(sys.argv[2]), None, join_timeout=float(sys.argv[3]), peer_timeout=8)
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def waiting(port: int, number: int, join_timeout: float) -> subprocess.Popen:
+    each = [sys.executable, "-c", WAITING, f"localhost:{port}", str(number), str(join_timeout)]
+    return subprocess.Popen(each, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_does_not_come_is_one_line(number):
+    with waiting(free_port(), number, 2) as process:
+        out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (2, "")
+    assert err.strip() == "error: not all processes of this run came within 2 s; --join_timeout waits longer"
+
+
+@pytest.mark.parametrize(
+    ("signum", "number"),
+    [
+        (signal.SIGKILL, 0),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_is_gone_is_one_line(signum, number):
+    port = free_port()
+    with waiting(port, 0, 100) as first, waiting(port, 1, 100) as second:
+        both = (first, second)
+        try:
+            assert [process.stdout.readline() for process in both] == ["up\n"] * 2
+            both[number].send_signal(signum)
+            _, err = both[1 - number].communicate(timeout=100)
+        finally:
+            for process in both:
+                process.kill()
+    assert both[1 - number].returncode == 2, err
+    assert err.strip() == f"error: process {number} of 2 gave no sign of life for 8 s: ended, frozen, or out of reach"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_that_loses_a_process_ends_with_one_line(text_files, tmp_path, signum, number):
+    """Where a sum over processes fails at once, and where it never ends."""
+    flags = [*flags_of(text_files, tmp_path), f"--workdir={tmp_path}/run", "--config.train.steps=1000000"]
+    flags += ["--config.checkpoint.every=1000000", "--config.eval.every=0", "--peer_timeout=20"]
+    flags += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command("train.py", *flags, f"--process_id={i}"), cwd=ROOT, **pipes) for i in (0, 1)]
+    try:
+        while not runs.read_metrics(tmp_path / "run"):
+            assert both[0].poll() is both[1].poll() is None
+            time.sleep(0.1)
+        both[number].send_signal(signum)
+        _, err = both[1 - number].communicate(timeout=200)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert both[1 - number].returncode == 2, err
+    line = f"error: process {number} of 2 gave no sign of life for 20 s: ended, frozen, or out of reach"
+    assert err.splitlines()[-1] == line
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "said"), [((0, 60), "--join_timeout must be at least 1"), ((60, 0.5), "--peer_timeout must be at")]
+)
+def test_timeouts_that_are_too_short(timeouts, said):
+    with pytest.raises(UserError, match=said):
+        processes.start("here:1", 2, 1, None, *timeouts)
 
 
 def losses(workdir) -> np.ndarray:

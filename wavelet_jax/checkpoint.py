@@ -4,6 +4,9 @@ A checkpoint is saved in the background, in a temporary folder. When every proce
 all files are added (`checksums`), and one rename makes it a checkpoint: it is there with its checksums or not at all.
 It is read only after all its files were found as they were written. One that is damaged is named and set aside, renamed
 to damaged-N, and the one before it used.
+
+A run that has saved nothing yet has an empty file, none-yet, in its folder of checkpoints. A folder with neither it nor
+a checkpoint is one that somebody has emptied, and the run is not begun anew (`check_whole`).
 """
 
 import contextlib
@@ -25,14 +28,42 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from wavelet_jax import checksums, processes
+from wavelet_jax import atomic, checksums, processes, runs
 from wavelet_jax.errors import UserError
 from wavelet_jax.sharding import path_of
 from wavelet_jax.training import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder that a save has not committed yet
 _DAMAGED = "damaged-"
+_NONE_YET = "none-yet"
 _PATIENCE = 30.0  # seconds that the run waits for a save before it says so
+
+
+def check_whole(workdir: Path) -> None:
+    """Raises `UserError` where a part of a run is gone without which it would silently begin anew. Writes nothing.
+
+    A run makes checkpoints/none-yet, then config.json, then lines of metrics.jsonl. So these cannot come about by a
+    kill at any moment, and are refused:
+      - `checkpoints` is not a folder;
+      - there is no config.json, and there are checkpoints or logged updates;
+      - there are logged updates, and `checkpoints` is missing or empty.
+    A run that was killed before its first checkpoint is whole: it starts over.
+    """
+    folder = _folder(workdir)
+    atomic.refuse_links(*(workdir / name for name in runs.WRITTEN))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: move it away, or use another --workdir")
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    logged = runs.read_metrics(workdir)
+    if not (workdir / "config.json").exists():
+        if (there - {_NONE_YET}) or logged:
+            what = f"has logged {len(logged)} lines" if logged else "has checkpoints"
+            raise UserError(f"{workdir} {what} and no config.json: bring it back, or use another --workdir")
+    elif logged and not there:
+        raise UserError(
+            f"{workdir} has logged {logged[-1]['step']:,} updates, and its checkpoints are gone: bring them back, use "
+            "another --workdir, or remove metrics.jsonl to train from the start"
+        )
 
 
 @contextlib.contextmanager
@@ -51,6 +82,10 @@ def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointMa
         async_options=ocp.AsyncOptions(config.checkpoint.timeout, post_finalization_callback=add_checksums),
     )
     _one_line_a_failure()
+    if processes.is_first():  # a folder that cannot be written shows before the training
+        atomic.make_folder(folder)
+        (folder / _NONE_YET).touch()
+        _count(folder)
     with ocp.CheckpointManager(folder, options=options) as manager:
         try:
             yield manager
@@ -62,6 +97,12 @@ def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointMa
 def latest_step(workdir: Path) -> int | None:
     """The update of the newest checkpoint, sound or not, or None. Writes nothing."""
     return max(_steps(_folder(workdir)), default=None)
+
+
+def any_saved(workdir: Path) -> bool:
+    """Whether a checkpoint is there, sound or not, or is being written."""
+    folder = _folder(workdir)
+    return folder.is_dir() and any(name != _NONE_YET for name in os.listdir(folder))
 
 
 def save(manager: ocp.CheckpointManager, state: State, *, windows: int, fingerprint: str) -> None:
@@ -108,7 +149,7 @@ def restore(workdir: Path, abstract_state: State, *, fingerprint: str) -> tuple[
     step, damaged = _newest_sound(folder)
     if processes.is_first():
         for unfinished in folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         for number in damaged:
             _set_aside(folder / str(number))
     if jax.process_count() > 1:
@@ -148,6 +189,12 @@ def _steps(folder: Path) -> list[int]:
     """Updates that have a checkpoint, sound or not."""
     names = os.listdir(folder) if folder.is_dir() else []
     return [int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)]
+
+
+def _count(folder: Path) -> None:
+    """Removes what says that there is no checkpoint yet, where there is one."""
+    if _steps(folder):
+        (folder / _NONE_YET).unlink(missing_ok=True)
 
 
 def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
@@ -237,6 +284,8 @@ def _settle(manager: ocp.CheckpointManager) -> str | None:
     try:
         with _told_if_long(step):
             manager.wait_until_finished()
+        if processes.is_first():
+            _count(Path(manager.directory))
         return None
     except Exception as error:
         return _failed(manager, step, error)

@@ -39,7 +39,7 @@ def damage(folder: Path) -> str | None:
     """
     try:
         if not folder.is_dir():
-            return "it is no folder"
+            return "it is not a folder"
         if not any(folder.iterdir()):
             return "it is empty"
         heading, _, lines = (folder / NAME).read_bytes().partition(b"\n")

@@ -2,18 +2,19 @@
 
 import ctypes
 import logging as std_logging
-import runpy
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import is_config_flag
 from tqdm import tqdm
 
-from wavelet_jax import processes
-from wavelet_jax.errors import UserError
+from wavelet_jax import flag_errors, processes, terminal
+from wavelet_jax.errors import UserError, one_line
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
@@ -21,20 +22,28 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "of several processes: whi
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "join the cluster that JAX finds; left out: where the environment counts several processes"
 )
+JOIN_TIMEOUT = flags.DEFINE_float(
+    "join_timeout", processes.JOIN_TIMEOUT, "of several processes: seconds within which all must have come"
+)
+PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout", processes.PEER_TIMEOUT, "seconds without a sign of life after which a process is taken for gone"
+)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def _parse(argv: list[str]) -> list[str]:
+    std_logging.disable(std_logging.WARNING)  # what the libraries have to say is in the error
     try:
         rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            # A file that cannot be read, or that gives None, is told only when the config is first used.
+            if is_config_flag(flags.FLAGS[name]) and not isinstance(flags.FLAGS[name].value, ConfigDict):
+                raise UserError(f"--{name} gives no config")
     except Exception as error:
-        # A config flag runs the config's file and sets its keys, so anything can come out of parsing; what the file
-        # itself refuses comes wrapped, with its traceback for a message.
-        while isinstance(error.__context__, UserError):
-            error = error.__context__
-        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise UserError(" ".join(message.split()) or type(error).__name__) from error
+        raise flag_errors.explain(argv, error) from error
+    finally:
+        std_logging.disable(std_logging.NOTSET)
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         for flag in defined:
             if module.split(".")[0] != "absl" and _repeated(flag):
@@ -68,10 +77,11 @@ def variants(config: ConfigDict, flag: str) -> dict[str, ConfigDict]:
         raise UserError(f"compare.variants must be names of variants, not {names}")
     if len(set(names)) < len(names):
         raise UserError(f"compare.variants names a variant twice: {', '.join(names)}")
-    get_config = runpy.run_path(str(config_file(flag)))["get_config"]
     changes = config_flags.get_override_values(flags.FLAGS[flag])
-    configs = {name: get_config(name) for name in names}
+    configs = {name: flag_errors.load_config(f"{config_file(flag)}:{name}") for name in names}
     for each in configs.values():
+        for key in changes:
+            flag_errors.check_key(each, key, None)
         each.update_from_flattened_dict({**changes, "compare.variants": ()})
     return configs
 
@@ -107,15 +117,27 @@ def run(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:  # absl would show what libraries say at INFO
             logging.set_verbosity(logging.WARNING)
             choice.setLevel(std_logging.INFO)
-        processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
+        processes.start(
+            COORDINATOR.value,
+            NUM_PROCESSES.value,
+            PROCESS_ID.value,
+            DISTRIBUTED.value,
+            JOIN_TIMEOUT.value,
+            PEER_TIMEOUT.value,
+        )
         main()
 
+    terminal.protect()
     _keep_memory()
     try:
         app.run(start, flags_parser=_parse)
+    except SystemExit as ended:  # also an ordinary end
+        processes.leave(ended.code)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         processes.end(2)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            processes.wait_for_verdict()  # a collective fails when another process is gone
         traceback.print_exc()
         processes.end(1)

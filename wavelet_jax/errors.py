@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import traceback
 from collections.abc import Iterable
 
 
@@ -16,6 +17,21 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}allowed are {', '.join(names) or 'none'}")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line; of an OSError the file, and what is wrong with it."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        said = " ".join(line.strip() for line in str(error).splitlines())
+    else:
+        files = " -> ".join(
+            os.fsdecode(file) for file in (error.filename, error.filename2) if isinstance(file, str | bytes)
+        )
+        said = f"{files}: {error.strerror}" if files else error.strerror
+    if isinstance(error, OSError) and not error.filename and error.__traceback__:  # the line of code is all there is
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{said or type(error).__name__} (in {frame.name}, {frame.filename}:{frame.lineno})"
+    return said
 
 
 def check_local(folder: str | os.PathLike) -> None:

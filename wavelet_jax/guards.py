@@ -13,7 +13,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax import runs
+from wavelet_jax import checkpoint, runs
 from wavelet_jax.errors import UserError
 
 _REMEMBERED = 32  # updates whose median an update is held to
@@ -65,10 +65,11 @@ class Guard:
         values = {name: float(value) for name, value in metrics.items()}
         self._log.write(step, values)
         skipped = f", after {in_a_row - 1} such updates in a row that were skipped" if in_a_row > 1 else ""
+        any_saved = checkpoint.any_saved(self._workdir)
+        saved = f"the checkpoints in {self._workdir} are from" if any_saved else "no checkpoint was saved"
         raise UserError(
-            f"update {step}: loss {values['loss']}, gradient norm {values['grad_norm']}{skipped}; the checkpoints "
-            f"in {self._workdir} are from before it: a lower optimizer.learning_rate may help, in a new workdir, or a "
-            "larger train.skip_nonfinite, in this one"
+            f"update {step}: loss {values['loss']}, gradient norm {values['grad_norm']}{skipped}; {saved} before it: a "
+            "lower optimizer.learning_rate may help, in a new workdir, or a larger train.skip_nonfinite, in this one"
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from wavelet_jax import cli, files, results, runs
+from wavelet_jax import cli, files, results, runs, terminal
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.files import user_path
 
@@ -279,6 +279,8 @@ def main() -> None:
         failures = write(pairs, out)
         print("\nwritten:", *(out / name for name in WRITTEN if (out / name).exists()), sep="\n  ")
         results.check_drawn(failures, out)
+    else:
+        terminal.check()
 
 
 if __name__ == "__main__":

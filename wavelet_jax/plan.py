@@ -21,7 +21,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from wavelet_jax import devices, memory, runs, sharding, throughput, training
+from wavelet_jax import devices, memory, runs, sharding, terminal, throughput, training
 from wavelet_jax.data.tokenizers import Byte
 from wavelet_jax.errors import UserError
 
@@ -89,6 +89,7 @@ def main(configs: Sequence[ConfigDict]) -> None:
                 print("\nwhat would fit:", flush=True)
                 for line in remedies(config, vocab_size, usage, limit):
                     print(f"  {line}", flush=True)
+    terminal.check()
 
 
 def check_flags() -> None:

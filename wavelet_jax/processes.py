@@ -4,17 +4,28 @@ Every process of a run does the same, on the devices of all of them together; pr
 what is written once. Call `start` before anything asks JAX for its devices.
 """
 
+import contextlib
 import json
+import math
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # orbax too reads the client here; there is no public name for it
 from jax.experimental import multihost_utils
 
+from wavelet_jax import peers
 from wavelet_jax.errors import UserError
+
+JOIN_TIMEOUT, PEER_TIMEOUT = 300.0, 60.0  # seconds; see `start`
+_PATIENCE = 5.0  # seconds that a process that is done waits for its own threads
+_LATER = 60.0  # seconds after which JAX would end a process, with a stack dump, when we have not
+_LONG = 7 * 24 * 3600 * 1000  # ms; that a process is gone is found out by its silence
+_watch: peers.Watch | None = None
 
 
 def count(environment: Mapping[str, str]) -> int:
@@ -44,23 +55,63 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(environment[name]) if environment.get(name, "").isdecimal() else 1
 
 
-def start(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool | None) -> None:
-    """Joins the other processes, if there are any.
+def start(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    distributed: bool | None,
+    join_timeout: float = JOIN_TIMEOUT,
+    peer_timeout: float = PEER_TIMEOUT,
+) -> None:
+    """Joins the other processes, if there are any, and watches them from then on.
 
     Of the GPUs that it sees a process takes all, or, where others see them too, the one of its number on the node.
+
+    A process that does not come, or that is gone later, ends this one with one line and code 2: see `peers`.
 
     Args:
       coordinator, num_processes, process_id: HOST:PORT of process 0, how many there are and which this is; or all None.
       distributed: whether to join the cluster that JAX finds; None: where the environment counts several processes.
+      join_timeout: seconds within which all processes must have come.
+      peer_timeout: seconds without a sign of life after which another process is taken for gone.
 
     Raises:
-      UserError: what does not go together, or processes that do not come.
+      UserError: what does not go together, or processes that did not find one another.
     """
+    arguments = _arguments(coordinator, num_processes, process_id, distributed)
+    if arguments is None:
+        return
+    for name, value in (("join_timeout", join_timeout), ("peer_timeout", peer_timeout)):
+        if not 1 <= value < math.inf:
+            raise UserError(f"--{name} must be at least 1 second, not {value:g}")
+    if process_id:  # of the address that JAX finds in an environment nothing is known before it connects
+        arguments["coordinator_address"] = peers.relay(coordinator)
+    missing = f"not all processes of this run came within {join_timeout:g} s; --join_timeout waits longer"
+    try:
+        with peers.in_time(join_timeout, lambda: _give_up(missing)):
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=math.ceil(join_timeout + _LATER),
+                heartbeat_timeout_seconds=math.ceil(peer_timeout + _LATER),
+            )
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the processes of this run did not find one another ({reason}): --coordinator=HOST:PORT, --num_processes "
+            "and --process_id say what the environment does not, and --nodistributed runs this process alone"
+        ) from error
+    _watch_others(peer_timeout)
+
+
+def _arguments(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool | None
+) -> dict[str, Any] | None:
+    """Those of `jax.distributed.initialize`; None for a process that is alone."""
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         if not (count(os.environ) > 1 if distributed is None else distributed):
-            return
+            return None
         arguments = {}
     else:
         if distributed is not None:
@@ -78,14 +129,21 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     # JAX alone would take one GPU a process wherever SLURM or Open MPI count them; an empty list takes all.
     if not shares_gpus(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         arguments["local_device_ids"] = []
-    try:
-        jax.distributed.initialize(**arguments)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the processes of this run did not find one another ({reason}): --coordinator=HOST:PORT, --num_processes "
-            "and --process_id say what the environment does not, and --nodistributed runs this process alone"
-        ) from error
+    return arguments
+
+
+def _watch_others(patience: float) -> None:
+    global _watch
+    state = distributed.global_state
+    if state.num_processes > 1:
+        _watch = peers.Watch(state.client, state.process_id, state.num_processes, patience, _give_up)
+        _watch.start()
+
+
+def _give_up(why: str) -> NoReturn:
+    _leave_at_last(2)
+    print(f"\nerror: {why}", file=sys.stderr)
+    end(2)
 
 
 def is_first() -> bool:
@@ -120,13 +178,43 @@ def _gather(text: str) -> list[str]:
 
 
 def end(code: int) -> NoReturn:
-    """Leaves with an exit code.
+    """Leaves at once with an exit code, after an error.
 
-    One of several processes leaves at once: at an ordinary end it would first wait for the others, who wait for it.
-    They are told by the coordinator that it is gone, and end with an error of their own.
+    An ordinary end would wait: for threads of a save that failed, which wait for it for ever, and for other processes,
+    which wait for this one. Those are told by the coordinator that it is gone.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait_for_verdict() -> None:
+    """After an error of JAX: leaves with code 2 and one line where another process is gone; returns where none is."""
+    if _watch is not None:
+        _watch.wait()
+
+
+def leave(code: int | str | None) -> NoReturn:
+    """Leaves with an exit code when all is done: with the other processes, and within `_PATIENCE` after them.
+
+    A save that failed on the way may have left threads that never end.
+    """
+    if isinstance(code, str):  # as `sys.exit` takes it
+        print(code, file=sys.stderr)
+        code = 1
+    if _watch is not None:
+        with contextlib.suppress(Exception):
+            distributed.global_state.client.wait_at_barrier("wavelet_jax/leave", _LONG)
+        _watch.close()
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    sys.stdout.flush()  # before, since whoever reads it may take his time
+    _leave_at_last(code or 0)
     sys.exit(code)
+
+
+def _leave_at_last(code: int) -> None:
+    """Ends the process after `_PATIENCE`, whatever it waits for then."""
+    timer = threading.Timer(_PATIENCE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from wavelet_jax import atomic
 from wavelet_jax.errors import UserError
 
 
@@ -52,6 +53,7 @@ class Profile:
     def before(self, step: int) -> None:
         """Before the input of an update is read."""
         if self._steps and step == self._steps[0]:
+            atomic.refuse_links(self._folder)
             jax.profiler.start_trace(self._folder)
             self._running = True
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from wavelet_jax import runs
+from wavelet_jax import atomic
 from wavelet_jax.errors import UserError
 
 
@@ -23,7 +23,7 @@ def write(
       One line for each picture that could not be drawn.
     """
     failures = {}
-    with runs.written_together(out) as partial:
+    with atomic.written_together(out) as partial:
         for name, write_file in numbers.items():
             write_file(partial / name)
         for name, draw in pictures.items():

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import socket
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +14,13 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from wavelet_jax import files, processes, saved_config
+from wavelet_jax import atomic, files, processes, saved_config
 from wavelet_jax.errors import UserError, check_local
 from wavelet_jax.ranges import Range
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
-PROGRESS_INTERVAL = 1 if sys.stderr.isatty() else 30
+PROGRESS_INTERVAL = 1 if os.isatty(2) else 30
+WRITTEN = ("config.json", "metrics.jsonl", "lock", "tensorboard", "checkpoints", "profile")  # all that a run writes
 _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the disk
 
 # What may differ when a run goes on: none of these changes what is trained. Another mesh, and what trades time for
@@ -40,7 +39,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
-    """Raises `UserError` where `workdir` holds a run whose config differs in more than `FREE_KEYS`, or is no folder."""
+    """Raises `UserError` where `workdir` holds a run whose config differs in more than `FREE_KEYS`, or is not a folder."""
     check_folder(workdir)
     if not (workdir / "config.json").exists():
         return
@@ -70,9 +69,8 @@ def check_processes(config: ConfigDict, fingerprint: str) -> None:
 def save_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run of this config; `check_config` comes first."""
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(config.to_json_best_effort(indent=2) + "\n")
-    os.replace(partial, workdir / "config.json")
+    with atomic.replaced(workdir / "config.json") as partial:
+        partial.write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
 def label(config: ConfigDict) -> str:
@@ -80,23 +78,12 @@ def label(config: ConfigDict) -> str:
     return config.compare.label or config.position.method
 
 
-@contextlib.contextmanager
-def written_together(out: Path) -> Iterator[Path]:
-    """A folder to write results into: at the end all its files go to `out`, after an error none."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        partial = Path(folder)
-        yield partial
-        for path in sorted(partial.iterdir()):
-            os.replace(path, out / path.name)
-
-
 def check_folder(folder: Path) -> None:
     """Raises `UserError` where a folder neither is there nor can be made, or cannot be written."""
     check_local(folder)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        reason = "is no folder" if not existing.is_dir() else "cannot be written"
+        reason = "is not a folder" if not existing.is_dir() else "cannot be written"
         raise UserError(f"{folder} cannot be used: {existing} {reason}")
 
 
@@ -135,7 +122,7 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a+") as file:
+    with atomic.open_kept(workdir / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -167,13 +154,12 @@ class MetricsLog:
         if self._silent:
             return
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        partial = self._path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self._path)
-        self._file = self._path.open("ab", buffering=0)  # says how much it has written, on a full disk too
-        self._waiting = b""
         self._events = _Events(workdir / "tensorboard", first_step=step + 1)
+        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        with atomic.replaced(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = atomic.open_kept(self._path, "ab")  # says how much it has written, on a full disk too
+        self._waiting = b""
         self._warned = False
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -224,7 +210,7 @@ class _Events:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
-        folder.mkdir(exist_ok=True)
+        atomic.make_folder(folder)
         self._event, self._scalar = event_pb2.Event, summary.scalar
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

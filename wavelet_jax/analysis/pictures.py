@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import StrMethodFormatter
 
-from wavelet_jax import figures
+from wavelet_jax import atomic, figures
 from wavelet_jax.analysis import rope_as_wavelet, windows
 from wavelet_jax.analysis.attention_maps import Maps
 from wavelet_jax.analysis.receptive_field import DISTANCES
@@ -270,12 +270,13 @@ def alibi_windows(path: Path, num_heads: int = 8) -> None:
 
 def without_a_run(out: Path) -> list[Path]:
     """Draws the pictures that no trained model is needed for into a folder, and says which."""
-    out.mkdir(parents=True, exist_ok=True)
     drawn = {
         "rope_wavelets.png": rope_wavelets,
         "rope_matrices.png": rope_matrices,
         "alibi_windows.png": alibi_windows,
     }
-    for name, draw in drawn.items():
-        draw(out / name)
-    return [*figures.paper_wavelets(out), *(out / name for name in drawn)]
+    with atomic.written_together(out) as partial:
+        for name, draw in drawn.items():
+            draw(partial / name)
+        wavelets = [path.name for path in figures.paper_wavelets(partial)]
+    return [out / name for name in (*wavelets, *drawn)]

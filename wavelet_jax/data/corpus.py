@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from wavelet_jax import atomic
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
 from wavelet_jax.data.notes import Notes
 from wavelet_jax.errors import UserError
@@ -343,7 +344,7 @@ def _remove_leftovers(cache: Path, held_key: str | None) -> None:
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Holds the lock of a file, which the kernel drops when its holder dies; False where it cannot be had."""
-    with open(path, "ab") as file:
+    with atomic.open_kept(path, "ab") as file:
         held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

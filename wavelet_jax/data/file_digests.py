@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from wavelet_jax import atomic
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import read_json
 
@@ -52,10 +53,9 @@ def kept(cache: Path) -> Iterator[Callable[[str | Path], str]]:
     finally:
         if fresh and cache.is_dir():
             with contextlib.suppress(OSError):
-                partial = cache / f"{_NAME}.{os.getpid()}"  # of several processes the last one's are kept
                 still_there = {name: entry for name, entry in known.items() if os.path.exists(name)}
-                partial.write_text(json.dumps(still_there, indent=0), encoding="utf-8")
-                os.replace(partial, cache / _NAME)
+                with atomic.replaced(cache / _NAME) as partial:  # of several processes the last one's are kept
+                    partial.write_text(json.dumps(still_there, indent=0), encoding="utf-8")
 
 
 def _state(descriptor: int) -> list[int]:

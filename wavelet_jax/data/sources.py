@@ -64,7 +64,7 @@ def anchor_paths(config, folder: Path) -> None:
         return path if path.startswith("~") or "://" in path else str(folder.absolute() / path)
 
     def there(*keys: str) -> list[str]:
-        return [key for key, path in config.data.items() if key in keys and path]
+        return [key for key in config.data if key in keys and config.data[key]]
 
     if "," not in str(folder.absolute()):
         for key in there("train_files", "validation_files"):

@@ -7,7 +7,6 @@ more token (`</s>`), and the words of the train split with `</s>` and `<unk>`.
 import contextlib
 import dataclasses
 import http.client
-import os
 import re
 import shutil
 import urllib.request
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from wavelet_jax import atomic
 from wavelet_jax.data.tokenizers import LINE_END, UNKNOWN
 from wavelet_jax.errors import UserError, unknown
 
@@ -91,25 +91,21 @@ def fetch(name: str, folder: Path) -> Path:
     if archive.exists():
         return archive
     address = _ADDRESS + archive.name
-    partial = archive.with_name(archive.name + ".partial")
     # The site refuses urllib's own name.
     request = urllib.request.Request(address, headers={"User-Agent": "wavelet_jax"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(request, timeout=60) as response, atomic.replaced(archive) as partial:
             expected = int(response.headers.get("Content-Length", 0))
             with (
                 open(partial, "wb") as file,
                 tqdm.wrapattr(response, "read", total=expected or None, desc=archive.name, disable=None) as reading,
             ):
                 shutil.copyfileobj(reading, file, 1 << 20)
-        if expected and partial.stat().st_size != expected:
-            raise OSError(f"it ended after {partial.stat().st_size:,} of {expected:,} bytes")
-        if not zipfile.is_zipfile(partial):
-            raise OSError("it is no zip archive")
-        os.replace(partial, archive)
+            if expected and partial.stat().st_size != expected:
+                raise OSError(f"it ended after {partial.stat().st_size:,} of {expected:,} bytes")
+            if not zipfile.is_zipfile(partial):
+                raise OSError("it is no zip archive")
     except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot download {address} ({error}): {instructions(name, folder)}") from error
     return archive
 
