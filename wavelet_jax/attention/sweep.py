@@ -47,7 +47,7 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
         blocks.append(part)
     carry = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *blocks)
 
-    for side in (0,) if plan.causal else (0, 1):
+    for side in filter(plan.has_outer, (0, 1)):
         if side == 0:
             # Tile n holds the `keys` keys that end where the local tile, or tile n - 1, begins.
             inner, reach = position - band, band
