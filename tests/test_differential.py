@@ -195,7 +195,7 @@ def check(case: Case, monkeypatch) -> None:
 
     def run(params, query, key, value, cotangent, traced):
         def output(params, query, key, value):
-            terms = dataclasses.replace(method.terms(params), embed=None)
+            terms = method.terms(params).without_embedding()
             return attention(query, key, value, terms, backend=case.backend, **places, **traced, **hidden)
 
         if not case.gradients:

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.integers import as_int32
 from wavelet_jax.wavelets import T_SIGNS, num_shifts
 
 # The wavelets of Table 4, in its order.
@@ -156,20 +157,18 @@ def discrete_position(
 
     Raises:
       UserError: an unknown name, a level that there is not, levels and shifts of different or wrong shapes, or
-        distances that are no integers.
+        distances that are not integers, or are past int32 (traced ones wrap around).
     """
     if t_sign not in T_SIGNS:
         raise unknown("t_sign", t_sign, T_SIGNS)
     levels, shifts = np.asarray(levels), np.asarray(shifts, np.int32)
     if levels.shape != shifts.shape or levels.ndim != 1:
         raise UserError(f"levels {levels.shape} and shifts {shifts.shape} must have one shape, [D]")
-    distance = jnp.asarray(distance)
-    if not jnp.issubdtype(distance.dtype, jnp.integer):
-        raise UserError(f"distances of discrete wavelets must be integers, not {distance.dtype}")
+    distance = jnp.asarray(as_int32("distances of discrete wavelets", distance))
     columns = _columns(wavelet, tuple(levels.tolist()), sampling, origin)
     ahead = columns.origin + (-shifts if t_sign == "m-n" else shifts)
     # A sum past int32 wraps to the other end of it, which is as far outside of the samples.
-    index = jnp.clip(distance.astype(jnp.int32)[..., None] + ahead, -1, columns.length)
+    index = jnp.clip(distance[..., None] + ahead, -1, columns.length)
     return jnp.asarray(columns.values).at[columns.start + 1 + index].get(mode="promise_in_bounds")
 
 

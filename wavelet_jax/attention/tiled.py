@@ -23,8 +23,9 @@ import numpy as np
 
 from wavelet_jax.attention import constants, factors
 from wavelet_jax.attention.call import Call, consecutive_only
-from wavelet_jax.attention.sweep import attend
+from wavelet_jax.attention.sweep import FIRST_ONLY, attend
 from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, split_heads
+from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Terms
 
 # No entry of a constant table is wrong by more than this. In float32 scores that is below the rounding of their
@@ -130,7 +131,12 @@ def attention(
         row_padding = -num_queries % tiles.rows
         query_segments = jnp.pad(query_segments, [(0, 0), (0, row_padding)]).reshape(batch, -1, tiles.rows)
         segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), plan.padding])
-    out_NxBxKxDxGxU = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
+    try:
+        out_NxBxKxDxGxU = attend(plan, inputs, jnp.asarray(offset, jnp.int32), segment_ids)
+    except (TypeError, NotImplementedError) as error:
+        if "custom_vjp function" in str(error) or "custom_lin" in str(error):  # JAX's words for a jvp
+            raise UserError(FIRST_ONLY) from None
+        raise
     out = einops.rearrange(out_NxBxKxDxGxU, "n b k d g u -> b (n u) (k g) d")
     return out[:, :num_queries]
 
