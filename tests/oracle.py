@@ -283,3 +283,137 @@ def attention(
                 for weight, each in zip(weights, values, strict=True):
                     out[b, i, h] += weight / sum(weights) * each
     return out
+
+
+# --- The same in arrays, with gradients ------------------------------------------------------------------------
+
+
+def tables(method: str, options: dict, params: dict, num_heads: int, head_dim: int, distances) -> tuple:
+    """What a method adds at each distance: (vectors [H, n, D], biases [H, n], value vectors [n, D]), zeros if nothing.
+
+    The numbers are those of `score` and `value`, one distance at a time.
+    """
+    zero, (none, one) = np.zeros(head_dim), (np.zeros(head_dim), np.ones(head_dim))
+    vectors = np.zeros((num_heads, len(distances), head_dim))
+    biases, values = np.zeros((num_heads, len(distances))), np.zeros((len(distances), head_dim))
+    for i, t in enumerate(int(t) for t in distances):
+        values[i] = value(method, options, params, zero, t, 0)
+        for head in range(num_heads):
+            match method:
+                case "wavelet":
+                    scales, shifts = _wavelet_grid(options, params, head, head_dim)
+                    sign = 1 if options.get("t_sign", "m-n") == "m-n" else -1
+                    vectors[head, i] = wavelet_vector(sign * t, scales, shifts, options.get("mother", "ricker"))
+                case "discrete_wavelet":
+                    vectors[head, i] = discrete_vector(t, head_dim, **options)
+                case "transformer_xl":
+                    vectors[head, i] = _waves(params, options, t) @ params["projection"][:, head]
+                case "shaw":
+                    clip = options.get("clip_distance", 64)
+                    vectors[head, i] = params["keys"][max(-clip, min(clip, t)) + clip]
+                case "alibi" | "t5":
+                    biases[head, i] = score(method, options, params, head, num_heads, none, one, t, 0)
+    return vectors, biases, values
+
+
+def _waves(params: dict, options: dict, t: int) -> np.ndarray:
+    """Transformer-XL's sinusoid of one distance: sines, then cosines."""
+    width = params["projection"].shape[0]
+    turns = [t * theta_power(i, width, options.get("theta", 10000.0)) for i in range(width // 2)]
+    return np.array([math.sin(turn) for turn in turns] + [math.cos(turn) for turn in turns])
+
+
+def parameter_gradients(method: str, options: dict, params: dict, distances, d_vectors, d_biases, d_values) -> dict:
+    """Gradients by the parameters that are in the tables, from gradients by the tables."""
+    found = {name: np.zeros(np.shape(param)) for name, param in params.items()}
+    for i, t in enumerate(int(t) for t in distances):
+        match method:
+            case "wavelet" if options.get("trainable"):
+                sign = 1 if options.get("t_sign", "m-n") == "m-n" else -1
+                for head, column in np.ndindex(d_vectors.shape[0], d_vectors.shape[2]):
+                    scales, shifts = _wavelet_grid(options, params, head, d_vectors.shape[2])
+                    place = (head, column) if found["shifts"].ndim == 2 else (column,)
+                    slopes = psi_gradient(options.get("mother", "ricker"), sign * t, scales[column], shifts[column])
+                    for name, slope in zip(("log2_scales", "shifts"), slopes, strict=True):
+                        inner = scales[column] * math.log(2) if name == "log2_scales" else 1.0
+                        found[name][place] += d_vectors[head, i, column] * slope * inner
+            case "transformer_xl":
+                found["projection"] += np.einsum("e,hd->ehd", _waves(params, options, t), d_vectors[:, i])
+            case "shaw":
+                clip = options.get("clip_distance", 64)
+                row = max(-clip, min(clip, t)) + clip
+                found["keys"][row] += d_vectors[:, i].sum(axis=0)
+                if "values" in found:
+                    found["values"][row] += d_values[i]
+            case "t5":
+                found["bias"][t5_bucket(t, **options)] += d_biases[:, i]
+    return found
+
+
+def attention_and_gradients(
+    query,  # [B, T, H, D]
+    key,  # [B, S, K, D]
+    value_,  # [B, S, K, D]
+    cotangent,  # [B, T, H, D]
+    method: str,
+    options: dict,
+    params: dict,
+    query_positions,  # [B, T]
+    key_positions,  # [B, S]
+    visible,  # bool [B, H, T, S]
+) -> tuple[dict, float]:
+    """{name: array} of the output and its gradients by query, key, value and parameters; the largest |score|.
+
+    Float64 by NumPy, the gradients by hand.
+    """
+    params = {name: np.asarray(param, np.float64) for name, param in params.items()}
+    query, key, value_, cotangent = (np.asarray(x, np.float64) for x in (query, key, value_, cotangent))
+    H, D, K = *query.shape[2:], key.shape[2]
+    distance = np.asarray(query_positions, np.int64)[:, :, None] - np.asarray(key_positions, np.int64)[:, None, :]
+    distances, index = np.unique(distance, return_inverse=True)
+    index = index.reshape(distance.shape)
+    P, bias, V = tables(method, options, params, H, D, distances)
+
+    def turned(x, positions, back: bool = False):
+        if method != "rope":
+            return x
+        places = np.ndindex(x.shape[:3])
+        sign = -1 if back else 1
+        return np.array([rope(x[p], sign * int(positions[p[0]][p[1]]), **options) for p in places]).reshape(x.shape)
+
+    def heads(x):  # [B, S, K, D] -> [B, S, H, D]
+        return np.repeat(x, H // K, axis=2)
+
+    def grouped(x):  # its transpose
+        return x.reshape(*x.shape[:2], K, H // K, D).sum(axis=3)
+
+    turned_query, k, v = turned(query, query_positions), heads(turned(key, key_positions)), heads(value_)
+    content = turned_query + params.get("content_bias", 0.0)
+    position = turned_query + params.get("position_bias", 0.0)
+    P_t = np.moveaxis(P[:, index], 0, 1)  # [B, H, T, S, D]
+    products = np.einsum("bthd,bshd->bhts", content, k) + np.einsum("bthd,bhtsd->bhts", position, P_t)
+    scores = products / math.sqrt(D) + np.moveaxis(bias[:, index], 0, 1)
+    top = np.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e300)
+    weights = np.where(visible, np.exp(np.minimum(scores - top, 0)), 0)
+    weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
+    V_t = V[index]  # [B, T, S, D]
+    out = np.einsum("bhts,bshd->bthd", weights, v) + np.einsum("bhts,btsd->bthd", weights, V_t)
+
+    d_weights = np.einsum("bthd,bshd->bhts", cotangent, v) + np.einsum("bthd,btsd->bhts", cotangent, V_t)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
+    scaled = d_scores / math.sqrt(D)
+    d_content, d_position = np.einsum("bhts,bshd->bthd", scaled, k), np.einsum("bhts,bhtsd->bthd", scaled, P_t)
+    d_P, d_bias, d_V = np.zeros_like(P), np.zeros_like(bias), np.zeros_like(V)
+    for h in range(H):
+        np.add.at(d_P[h], index, np.einsum("bts,btd->btsd", scaled[:, h], position[:, :, h]))
+        np.add.at(d_bias[h], index, d_scores[:, h])
+    np.add.at(d_V, index, np.einsum("bhts,bthd->btsd", weights, cotangent))
+    found = parameter_gradients(method, options, params, distances, d_P, d_bias, d_V)
+    for name, gradient in (("content_bias", d_content), ("position_bias", d_position)):
+        if name in params:
+            found[name] = gradient.sum(axis=(0, 1))
+    found["out"] = out
+    found["query"] = turned(d_content + d_position, query_positions, back=True)
+    found["key"] = turned(grouped(np.einsum("bhts,bthd->bshd", scaled, content)), key_positions, back=True)
+    found["value"] = grouped(np.einsum("bhts,bthd->bshd", weights, cotangent))
+    return found, float(np.max(np.abs(scores), where=visible, initial=0))

@@ -67,7 +67,7 @@ def compare(method: str, options: dict, how: dict) -> dict:
             query,
             key,
             value,
-            method.terms(params),
+            method.terms(params).without_embedding(),
             query_positions=positions + shift,
             key_positions=positions,
             segment_ids=segments,
@@ -78,7 +78,7 @@ def compare(method: str, options: dict, how: dict) -> dict:
         arrays = (x[:, order] for x in (query, key, value))
         out = sharded.attention(
             *arrays,
-            method.terms,
+            lambda params: method.terms(params).without_embedding(),
             params,
             positions[order],
             mesh=mesh,
@@ -108,7 +108,7 @@ def compare(method: str, options: dict, how: dict) -> dict:
     assert len(errors) == 3 + len(params)
 
     def late_queries(first: int) -> jax.Array:
-        terms = method.terms(params)
+        terms = method.terms(params).without_embedding()
         options = {"causal": False, "key_positions": 0, "backend": "reference"}
         return attention(inputs[1][:, MIDDLE:], inputs[2], inputs[3], terms, query_positions=first, **options)
 

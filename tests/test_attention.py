@@ -11,7 +11,7 @@ from conftest import EVERYWHERE, quick_jit
 
 from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
-from wavelet_jax.positions import make
+from wavelet_jax.positions import METHODS, make
 from wavelet_jax.positions.terms import Terms
 
 B, T, H, D = 2, 8, 4, 8
@@ -380,7 +380,9 @@ GRIDS = {heads: {"scales": np.ones((heads, D)), "shifts": np.zeros((heads, D))} 
 def test_a_method_made_for_other_heads_is_refused(name, heads, backend):
     """By a bias, relative keys and fixed biases. With 2 key heads some would broadcast, to wrong results."""
     method = make(name, num_heads=heads, head_dim=D, **(GRIDS[heads] if name == "wavelet" else {}))
-    with pytest.raises(UserError, match=f"^the position method was made for num_heads={heads}, the queries have {H}$"):
+    with pytest.raises(
+        UserError, match=f"^the position method was made for num_heads={heads}, the queries have {H}(: .*)?$"
+    ):
         attention(*qkv(kv_heads=2), untrained_terms(method), backend=backend)
 
 
@@ -412,9 +414,39 @@ def test_a_method_made_for_another_head_size_is_refused(name, backend):
             {"query_positions": np.zeros((1, 1), int)},
             r"query_positions must be integers .* not int64 of shape \(1, 1\)",
         ),
-        ({"query_positions": 0.5}, r"query_positions must be integers .* or one integer, the first of .*, not float64"),
+        ({"query_positions": 0.5}, r"query_positions must be integers .* or one integer, the first of .*, not 0.5"),
         ({"key_positions": np.zeros((3, T), int)}, r"key_positions must be .* not int.* of shape \(3, 8\)"),
         ({"key_positions": np.arange(8.0)}, r"key_positions must be integers .*not float64 of shape \(8,\)"),
+        ({"query_positions": [0, 1]}, r"query_positions must be integers .*, not \[0, 1\]"),
+        ({"query_positions": True}, r"query_positions must be integers .*, not True"),
+        ({"query_positions": 2**32}, r"query_positions must be integers from -2\^31 to .* not 4294967296"),
+        ({"query_positions": 2**70}, r"query_positions must be integers from -2\^31 to .* not 11805"),
+        ({"query_positions": np.arange(T) + 2**31}, r"query_positions must be integers .* \(int32\), not 2147483648"),
+        (
+            {"key_positions": np.arange(2**32 - T, 2**32, dtype=np.uint32)},
+            r"key_positions must be .* \(int32\), not 42949",
+        ),
+        (
+            {"query_positions": 2**31 - T + 1},
+            r"query_positions of 8 tokens from 2147483641 on must be .*, not 2147483648",
+        ),
+        ({"query_positions": 2**31 - T, "key_positions": -8}, r"distances \(query_positions - .*, not 2147483655"),
+        ({"query_positions": -(2**31), "key_positions": np.arange(T) * 2}, r"distances .*, not -2147483662"),
+        ({"segment_ids": np.full((B, T), 2**32)}, r"segment_ids must be integers from -2\^31 to .*, not 4294967296"),
+        (
+            {"segment_ids": [[0] * T] * B},
+            r"segment_ids must be an array of integers, one array or a pair .*, not a list",
+        ),
+        ({"segment_ids": np.zeros((B, T))}, r"segment_ids must be integers, not float64"),
+        ({"segment_ids": np.zeros((B, T), bool)}, r"segment_ids must be integers, not bool"),
+        ({"segment_ids": (np.zeros((B, T), int),) * 3}, r"segment_ids must be .*, not \(2, 8\) and \(2, 8\) and"),
+        ({"mask": [True] * T}, r"mask must be an array, not a list|mask must be an array, not \[True"),
+        ({"dropout_rate": "0.1"}, r"dropout_rate must be a number from 0 to below 1, not '0.1'"),
+        ({"dropout_rate": float("nan")}, r"dropout_rate must be at least 0 and below 1, not nan"),
+        ({"dropout_rate": 0.1, "dropout_key": 0}, r"dropout_key must be one key, such as jax.random.key\(0\), not 0"),
+        ({"far_tolerance": float("nan")}, r"far_tolerance must be a number above 0, not nan"),
+        ({"far_tolerance": True}, r"far_tolerance must be a number above 0, not True"),
+        ({"window": jnp.ones(3, int)}, r"window must be an integer .*, not int32 of shape \(3,\)"),
         ({"mask": np.ones((T, T))}, r"mask must be bool .* = \(2, 4, 8, 8\), not float64 of shape \(8, 8\)"),
         ({"mask": np.ones((B, T), bool)}, r"mask must be bool .*, not bool of shape \(2, 8\)"),
         ({"mask": np.ones((1, B, H, T, T), bool)}, r"mask must be bool .*, not bool of shape \(1, 2, 4, 8, 8\)"),
@@ -431,3 +463,119 @@ def test_segments_of_other_queries_than_keys_need_a_pair():
     places = {"query_positions": np.arange(3), "key_positions": np.arange(T)}
     with pytest.raises(UserError, match=r"segment_ids must be \[B, T\] = \(2, 3\) with T = S, or a pair"):
         attention(*qkv(length=3, keys=T), NOPE, segment_ids=np.zeros((B, 3), int), **places)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (make("rope", num_heads=H, head_dim=D), r"not the method itself: give RoPE's .terms\(params\)"),
+        (None, r"attention takes Terms, which method.terms\(params\) makes, not None"),
+        ("wavelet", r"attention takes Terms, .*, not 'wavelet'"),
+    ],
+)
+def test_what_is_not_terms_is_refused(terms, message):
+    with pytest.raises(UserError, match=message):
+        attention(*qkv(), terms)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_heads_first_arrays_are_refused(name):
+    """[B, H, T, D]: attention over heads would be a plausible array."""
+    terms = untrained_terms(make(name, num_heads=H, head_dim=D)).without_embedding()
+    assert (terms.num_heads, terms.head_dim) == (H, D)
+    heads_first = [np.swapaxes(x, 1, 2) for x in qkv()]
+    said = f"^the position method was made for num_heads={H}, the queries have {T}: .* not heads first$"
+    with pytest.raises(UserError, match=said):
+        attention(*heads_first, terms)
+    attention(*heads_first, Terms())  # which say nothing of heads
+
+
+@pytest.mark.parametrize("name", ["sinusoidal", "learned"])
+def test_terms_that_add_to_the_embedding_are_refused(name):
+    terms = untrained_terms(make(name, num_heads=H, head_dim=D))
+    with pytest.raises(UserError, match=r"add terms.embed\(positions\) there, .* terms.without_embedding\(\)$"):
+        attention(*qkv(), terms)
+    out = attention(*qkv(), terms.without_embedding())
+    np.testing.assert_array_equal(out, attention(*qkv(), NOPE))
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, bool, np.complex64, jnp.float8_e4m3fn, object])
+def test_dtypes_refused(dtype, which):
+    arrays = dict(zip(("query", "key", "value"), qkv(), strict=True))
+    arrays[which] = arrays[which].astype(dtype)
+    said = f"attention takes float32, bfloat16 or float16, and {which} is {np.dtype(dtype)}: cast it"
+    with pytest.raises(UserError, match=said):
+        attention(*arrays.values(), NOPE)
+
+
+def test_float64_is_refused_where_there_is_any():
+    arrays = [np.float64(x) for x in qkv()]
+    assert attention(*arrays, NOPE).dtype == np.float32  # as in any function of JAX
+    with jax.enable_x64(True), pytest.raises(UserError, match="and query is float64: cast it"):
+        attention(*arrays, NOPE)
+
+
+@every_backend
+@pytest.mark.parametrize("query_dtype", ["float32", "bfloat16"])
+def test_mixed_dtypes(query_dtype, backend):
+    """A cache in another dtype than the queries: the value's dtype comes out, rounded as that is."""
+    q, k, v = qkv()
+    key_dtype = {"float32": "bfloat16", "bfloat16": "float32"}[query_dtype]
+    q, k, v = (x.astype(jnp.dtype(dtype)) for x, dtype in ((q, query_dtype), (k, key_dtype), (v, "float16")))
+    out = attend(q, k, v, wavelet_terms(), backend=backend, far_tolerance=1e-6)
+    assert out.dtype == np.float16
+    exact = oracle.attention(*(np.float64(x) for x in (q, k, v)), "wavelet", {"num_scales": 4})
+    # Far coordinates and weights are rounded like the bfloat16 operands beside them.
+    np.testing.assert_allclose(np.float64(out), exact, rtol=0, atol=2 * 2.0**-8)
+
+
+@pytest.mark.parametrize("arrays", [[1.0], None, "q"])
+def test_what_is_not_an_array_is_refused(arrays):
+    with pytest.raises(UserError, match=r"^attention's query must be an array, not "):
+        attention(arrays, *qkv()[1:], NOPE)
+    with pytest.raises(UserError, match=r"^attention's value must be an array, not "):
+        attention(*qkv()[:2], arrays, NOPE)
+
+
+def test_a_traced_dropout_rate_is_refused():
+    def dropped(rate):
+        return attention(*qkv(), NOPE, dropout_rate=rate, dropout_key=jax.random.key(0))
+
+    with pytest.raises(UserError, match=r"dropout_rate must be a number .*, known while tracing, not a traced"):
+        jax.jit(dropped)(0.1)
+    np.testing.assert_array_equal(dropped(np.float32(0.5)), dropped(jnp.float32(0.5)))
+
+
+@every_backend
+def test_an_exported_program_of_any_batch(backend):
+    """The batch may be symbolic; lengths are refused but by the definition."""
+    terms = make("rope", num_heads=H, head_dim=D).terms({})
+
+    def exported(shape: str):
+        spec = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+        return jax.export.export(jax.jit(lambda x: attention(x, x, x, terms, backend=backend)))(spec)
+
+    x = qkv()[0]
+    out = exported(f"b, {T}, {H}, {D}").call(x)
+    np.testing.assert_allclose(out, attend(x, x, x, terms, backend=backend), rtol=0, atol=OUTPUT)
+    if backend == "reference":
+        exported(f"{B}, t, {H}, {D}")
+    else:
+        with pytest.raises(UserError, match=r"lengths t and t are symbolic, .* name backend='reference'"):
+            exported(f"{B}, t, {H}, {D}")
+
+
+def test_derivatives_that_tiles_do_not_have_are_refused():
+    q, k, v = qkv()
+
+    def total(q):
+        return jnp.sum(jnp.sin(attention(q, k, v, wavelet_terms(), backend="tiled")))
+
+    said = "the backends of tiles have first derivatives in reverse mode, .* name backend='reference' or 'decode'"
+    with pytest.raises(UserError, match=said):
+        jax.jvp(total, (q,), (q,))
+    with pytest.raises(UserError, match=said):
+        jax.grad(lambda q: jax.jvp(total, (q,), (q,))[1])(q)
+    with pytest.raises(UserError, match=said):
+        jax.grad(lambda q: jnp.sum(jax.grad(total)(q)))(q)

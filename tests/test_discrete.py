@@ -232,7 +232,7 @@ def test_of_any_integer_type_shape_and_transform():
         ({"origin": "center"}, r"unknown origin 'center': did you mean 'centre'\?"),
         ({"levels": np.ones(3, int)}, r"levels \(3,\) and shifts \(4,\) must have one shape, \[D\]"),
         ({"levels": np.ones((1, 4), int), "shifts": np.ones((1, 4), int)}, r"must have one shape"),
-        ({"distance": np.arange(3.0)}, r"must be integers, not float32"),
+        ({"distance": np.arange(3.0)}, r"must be integers, not float64"),
     ],
 )
 def test_positions_refused(change, message):

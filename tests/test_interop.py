@@ -404,7 +404,7 @@ def test_causality_and_padding_make_nothing_quadratic(flax):
 @pytest.mark.parametrize(
     ("options", "call", "message"),
     [
-        ({}, {"mask": CAUSAL}, r"a mask that differs by head or query .* name backend='reference'"),
+        ({}, {"mask": CAUSAL}, r"a mask that differs by head or query .* give PositionAttention backend='reference'"),
         ({"backend": "tiled"}, {"mask": CAUSAL}, r"a mask that differs by head or query"),
         ({}, {"mask": np.ones((3, 1, 1, T))}, r"of shape \(3, 1, 1, 7\) do not go with queries of batch \(2,\)"),
         ({}, {"mask": np.ones((B, 1, 1, 3))}, r"mask must be bool .*, not bool of shape \(2, 1, 1, 3\)"),
@@ -431,8 +431,7 @@ def test_one_query_of_many_keys_is_no_decoding_unless_causal(flax):
 @pytest.mark.parametrize(
     ("backend", "broadcast", "message"),
     [
-        ("auto", False, "attention dropout needs the full score matrix: give PositionAttention backend='reference'"),
-        ("tiled", False, "attention dropout needs the full score matrix"),
+        ("tiled", False, "the tiled backend needs no attention dropout: use backend='auto'"),
         ("reference", True, "attention dropout is not broadcast .* broadcast_dropout=False"),
     ],
 )
@@ -442,6 +441,17 @@ def test_dropout_refused(backend, broadcast, message, flax):
     rngs = nnx.Rngs(0) if flax == "nnx" else {"dropout": jax.random.key(0)}
     with pytest.raises(UserError, match=message):
         function(params, X, rngs=rngs)
+
+
+@every_flax
+def test_dropout_goes_where_attention_takes_it(flax):
+    """With the default backend too, as in attention()."""
+    options = {"dropout_rate": 0.5, "broadcast_dropout": False, "deterministic": False}
+    rngs = nnx.Rngs(0) if flax == "nnx" else {"dropout": jax.random.key(0)}
+    function, params = layer(flax, "nope", **options)
+    dropped = function(params, X, rngs=rngs)
+    assert np.isfinite(dropped).all()
+    assert not np.allclose(dropped, run(flax, "nope"), atol=0.1)
 
 
 @every_flax
@@ -455,7 +465,7 @@ def test_methods_that_add_to_the_embedding_refused(name, flax):
 
 @every_flax
 def test_other_heads_refused(flax):
-    said = "Wavelet was made for num_heads=2, head_dim=16, and the module's queries have 2 heads of 8"
+    said = "the position method was made for head_dim=16, the queries have 8"
     with pytest.raises(UserError, match=said):
         initial(flax, make("wavelet", num_heads=H, head_dim=2 * D))
 

@@ -78,13 +78,21 @@ def test_the_methods_of_the_contract():
 
 
 def test_nope_fills_no_field():
-    assert make("nope", num_heads=2, head_dim=16).terms({}) == Terms()
+    assert make("nope", num_heads=2, head_dim=16).terms({}) == Terms(num_heads=2, head_dim=16)
 
 
 @pytest.mark.parametrize(
     ("name", "method_options", "message"),
     [
         ("wavelets", {}, r"unknown position method 'wavelets': did you mean 'wavelet'\? allowed are wavelet, rope"),
+        ("rope", {"theta": "10"}, r"rope's theta must be a finite number, not '10'"),
+        ("rope", {"theta": float("nan")}, r"rope's theta must be a finite number, not nan"),
+        ("sinusoidal", {"theta": True}, r"sinusoidal's theta must be a finite number, not True"),
+        ("wavelet", {"num_scales": 8.0}, r"wavelet's num_scales must be an integer, not 8.0"),
+        ("wavelet", {"trainable": 1}, r"wavelet's trainable must be True or False, not 1"),
+        ("wavelet", {"support_tolerance": np.inf}, r"wavelet's support_tolerance must be a finite number, not inf"),
+        ("shaw", {"clip_distance": True}, r"shaw's clip_distance must be an integer, not True"),
+        ("t5", {"num_buckets": None}, r"t5's num_buckets must be an integer, not None"),
         ("rope", {"teta": 1e4}, r"unknown option of rope 'teta': did you mean 'theta'\? allowed are theta, layout"),
         ("nope", {"theta": 1e4}, r"unknown option of nope 'theta': allowed are none"),
         ("rope", {"layout": "half"}, r"unknown RoPE layout 'half': did you mean 'half_split'\?"),
@@ -142,7 +150,7 @@ def test_wavelet_defaults():
     np.testing.assert_allclose(jax.jit(terms.relative_keys)(distance), slow, rtol=0, atol=5e-7)
     assert terms.support == 652
     filled = {field.name for field in dataclasses.fields(terms) if getattr(terms, field.name) is not None}
-    assert filled == {"relative_keys", "support"}
+    assert filled == {"relative_keys", "support", "num_heads", "head_dim"}
 
 
 @pytest.mark.parametrize("as_type", [np.asarray, jnp.asarray, np.ndarray.tolist], ids=["numpy", "jax", "lists"])
@@ -207,7 +215,7 @@ def test_discrete_wavelet_defaults():
     np.testing.assert_allclose(jax.jit(terms.relative_keys)(distance), slow, rtol=0, atol=2.4e-7)
     assert terms.support == 783
     filled = {field.name for field in dataclasses.fields(terms) if getattr(terms, field.name) is not None}
-    assert filled == {"relative_keys", "support"}
+    assert filled == {"relative_keys", "support", "num_heads", "head_dim"}
 
 
 # --- RoPE ------------------------------------------------------------------------------------------------------
@@ -481,3 +489,39 @@ def test_the_readme_sized_use():
     table = wavelet_position(np.arange(8), *scale_shift_grid(64))
     assert table.shape == (8, 64)
     np.testing.assert_array_equal(np.asarray(table[0, ::8]), 1)  # t = b = 0, whatever the scale
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 0, "head_dim": 8}, "nope's num_heads must be at least 1, not 0"),
+        ({"num_heads": 2, "head_dim": "8"}, "nope's head_dim must be an integer, not '8'"),
+        ({"num_heads": 2.0, "head_dim": 8}, "nope's num_heads must be an integer, not 2.0"),
+    ],
+)
+def test_heads_of_another_kind_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make("nope", **sizes)
+
+
+@pytest.mark.parametrize("name", ["wavelet", "discrete_wavelet", "shaw", "transformer_xl", "alibi", "t5"])
+@pytest.mark.parametrize("distance", [np.array([2**32]), np.array([2**31], np.uint32), 2**70, np.array([-(2**31) - 1])])
+def test_distances_past_int32_are_refused(name, distance):
+    """2^32 was distance 0."""
+    method = make(name, num_heads=2, head_dim=8)
+    terms = method.terms(method.init(jax.random.key(0)))
+    with pytest.raises(UserError, match=r"must be integers from -2\^31 to 2\^31 - 1 \(int32\), not "):
+        (terms.relative_keys or terms.bias)(distance)
+
+
+def test_positions_past_int32_are_refused():
+    rope, waves = (make(name, num_heads=2, head_dim=8).terms({}) for name in ("rope", "sinusoidal"))
+    for positions in (np.array([2**32]), np.array([2**31], np.uint32)):
+        with pytest.raises(UserError, match=r"must be integers from -2\^31"):
+            rope.rotate(np.ones((1, 1, 2, 8), np.float32), positions)
+        with pytest.raises(UserError, match=r"must be integers from -2\^31"):
+            waves.embed(positions)
+    with pytest.raises(UserError, match="must be integers, not bool"):
+        waves.embed(np.array([True]))
+    with pytest.raises(UserError, match="must be integers, not 'one'"):
+        waves.embed("one")

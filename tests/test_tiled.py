@@ -511,11 +511,14 @@ def test_keys_are_padded_as_far_as_tiles_reach(offset, causal):
         before, after = plan.padding
         for position in range(offset, offset + T, tiles.rows):
             start, stop = position - tiles.band, position + tiles.rows + (0 if causal else tiles.band)
-            spans = [(start, stop)]
-            spans += [(end - tiles.keys, end) for end in range(start, 0, -tiles.keys)]
-            spans += [] if causal else [(begin, begin + tiles.keys) for begin in range(stop, S, tiles.keys)]
-            for begin, end in spans:
+            outer_before = [(end - tiles.keys, end) for end in range(start, 0, -tiles.keys)]
+            outer_after = [] if causal else [(begin, begin + tiles.keys) for begin in range(stop, S, tiles.keys)]
+            for begin, end in ((start, stop), *outer_before, *outer_after):
                 assert end <= 0 or begin >= S or -before <= begin < end <= S + after, (T, S, position)
+            # XLA wants the slices of every loop in the program to fit, whether it runs or not.
+            for side, outer in enumerate((outer_before, outer_after)):
+                assert plan.has_outer(side) or not outer
+                assert tiles.keys <= S + before + after or not plan.has_outer(side)
     aligned = Plan(tiles, True, None, 0, 128, 128, None, False, 1.0)
     assert aligned.padding == (tiles.keys, 0)
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wavelet_jax.integers import as_int32
+
 _TURN = 2 * Fraction("3.14159265358979323846264338327950288419716939937510")  # radians
 
 
@@ -25,8 +27,11 @@ def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
 
     Returns:
       [..., F] float32.
+
+    Raises:
+      UserError: positions that are not numbers, or are past int32 (traced ones wrap around).
     """
-    positions = jnp.asarray(positions)[..., None]
+    positions = jnp.asarray(int32_or_float(positions))[..., None]
     frequencies = np.asarray(frequencies, np.float64)
     along_last = (1,) * (positions.ndim - 1) + (-1,)  # of one rank with the positions: JAX can be told to promote none
     if not jnp.issubdtype(positions.dtype, jnp.integer):
@@ -37,6 +42,15 @@ def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     correction = jnp.round(positions.astype(jnp.float32) * fraction).astype(jnp.int32)
     turns = jax.lax.bitcast_convert_type(wrapped, jnp.int32) + correction  # wraps, as angles do
     return turns.astype(jnp.float32) * np.float32(_TURN / 2**32)
+
+
+def int32_or_float(positions: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """Positions or distances as int32, or as they are where they are floating-point."""
+    if isinstance(positions, list | tuple):
+        positions = np.asarray(positions)
+    dtype = getattr(positions, "dtype", None)
+    is_float = isinstance(positions, float) if dtype is None else jnp.issubdtype(dtype, jnp.floating)
+    return positions if is_float else as_int32("positions and distances", positions)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.integers import as_int32
 from wavelet_jax.ranges import Range
 from wavelet_jax.wavelets import T_SIGNS, num_shifts
 
@@ -158,7 +159,7 @@ def discrete_position(
 
     Raises:
       UserError: an unknown name, a level that there is not, levels and shifts of different or wrong shapes, or
-        distances, levels or shifts that are not integers.
+        distances, levels or shifts that are not integers, or distances past int32 (traced ones wrap around).
     """
     if t_sign not in T_SIGNS:
         raise unknown("t_sign", t_sign, T_SIGNS)
@@ -168,9 +169,7 @@ def discrete_position(
     shifts = shifts.astype(np.int32)
     if levels.shape != shifts.shape or levels.ndim != 1:
         raise UserError(f"levels {levels.shape} and shifts {shifts.shape} must have one shape, [D]")
-    distance = jnp.asarray(distance)
-    if not jnp.issubdtype(distance.dtype, jnp.integer):
-        raise UserError(f"distances of discrete wavelets must be integers, not {distance.dtype}")
+    distance = jnp.asarray(as_int32("distances of discrete wavelets", distance))
     columns = _columns(wavelet, tuple(levels.tolist()), sampling, origin)
     ahead = columns.origin + (-shifts if t_sign == "m-n" else shifts)
     # Of one rank with the distances: JAX can be told to promote none.
@@ -178,7 +177,7 @@ def discrete_position(
         jnp.asarray(x, jnp.int32).reshape((1,) * distance.ndim + (-1,)) for x in (ahead, columns.length, columns.start)
     )
     # A sum past int32 wraps to the other end of it, which is as far outside of the samples.
-    index = jnp.clip(distance.astype(jnp.int32)[..., None] + ahead, -1, length)
+    index = jnp.clip(distance[..., None] + ahead, -1, length)
     return jnp.asarray(columns.values).at[start + 1 + index].get(mode="promise_in_bounds")
 
 

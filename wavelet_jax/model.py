@@ -99,12 +99,16 @@ class Block(nnx.Module):
                 key_BxSxKxD = jax.lax.dynamic_update_slice(cache[0], key_BxSxKxD, start)
                 value_BxSxKxD = jax.lax.dynamic_update_slice(cache[1], value_BxSxKxD, start)
             dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
+
+            def terms_of(params):  # the embedding has its positions already
+                return self.method.terms(params).without_embedding()
+
             if mesh is not None and mesh.size > 1 and dropout_rate == 0:
                 h_BxTxHxD = sharded.attention(
                     query_BxTxHxD,
                     key_BxSxKxD,
                     value_BxSxKxD,
-                    self.method.terms,
+                    terms_of,
                     params,
                     query_positions,
                     mesh=mesh,
@@ -117,7 +121,7 @@ class Block(nnx.Module):
                     query_BxTxHxD,
                     key_BxSxKxD,
                     value_BxSxKxD,
-                    self.method.terms(params),
+                    terms_of(params),
                     query_positions=query_positions,
                     key_positions=key_positions,
                     segment_ids=segment_ids,

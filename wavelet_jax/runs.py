@@ -39,7 +39,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
-    """Raises `UserError` where `workdir` is not a folder, or holds a run whose config differs in more than `FREE_KEYS`."""
+    """Raises `UserError` where `workdir` is not a folder, or holds a run whose config differs past `FREE_KEYS`."""
     check_folder(workdir)
     if not (workdir / "config.json").exists():
         return

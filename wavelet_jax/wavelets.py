@@ -2,7 +2,7 @@
 
 Oka, Hasegawa, Nishida, Saito, "Wavelet-based Positional Representation for Long Context" (ICLR 2025,
 arXiv 2502.02004), section 5; equation numbers are the paper's. Everything here is a pure function that works
-under jit, vmap and grad, and needs nothing of this package but `angles`, `concrete` and `errors`.
+under jit, vmap and grad, and needs nothing of this package but `angles`, `concrete`, `errors` and `integers`.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavelet_jax.angles import angle
+from wavelet_jax.angles import angle, int32_or_float
 from wavelet_jax.concrete import concretely
 from wavelet_jax.errors import UserError, unknown
 
@@ -78,17 +78,16 @@ def wavelet(t: jax.Array, scale: jax.Array, shift: jax.Array, mother: str | Call
       A float32 scalar (float64 if the scale or shift is). Differentiable in scale and shift.
 
     Raises:
-      UserError: unknown name of a mother wavelet.
+      UserError: unknown name of a mother wavelet; t that is not a number, or is past int32 (a traced one wraps around).
     """
     if not callable(mother) and mother not in MOTHERS:
         raise unknown("mother wavelet", mother, MOTHERS)
-    t = jnp.asarray(t)
+    t = jnp.asarray(int32_or_float(t))
     dtype = jnp.result_type(scale, shift, jnp.float32)
     scale, shift = jnp.asarray(scale, dtype), jnp.asarray(shift, dtype)
     if jnp.issubdtype(t.dtype, jnp.integer):
         # float32 holds integers to 2^24 only. Both parts of t are exact, and t near b cancels exactly. `rem` has
         # the sign of t: a small negative t must not become -4096 + 4095, which loses a fractional shift's digits.
-        t = t.astype(jnp.int32)
         low = jax.lax.rem(t, jnp.int32(4096))
         offset = ((t - low).astype(dtype) - shift) + low.astype(dtype)
     else:
@@ -163,15 +162,14 @@ def wavelet_position(
       [..., D], or [H, ..., D], float32. Differentiable in scales and shifts.
 
     Raises:
-      UserError: unknown mother or sign; scales and shifts of different or wrong shapes.
+      UserError: unknown mother or sign; scales and shifts of different or wrong shapes; distances that are not
+        numbers, or are past int32 (traced ones wrap around).
     """
     if t_sign not in T_SIGNS:
         raise unknown("t_sign", t_sign, T_SIGNS)
     if np.shape(scales) != np.shape(shifts) or np.ndim(scales) not in (1, 2):
         raise UserError(f"scales {np.shape(scales)} and shifts {np.shape(shifts)} must have one shape: [D] or [H, D]")
-    distance = jnp.asarray(distance)
-    if jnp.issubdtype(distance.dtype, jnp.integer):
-        distance = distance.astype(jnp.int32)  # an unsigned distance has no negative
+    distance = jnp.asarray(int32_or_float(distance))  # an unsigned distance has no negative
     t = distance if t_sign == "m-n" else -distance
     position = functools.partial(wavelet, mother=mother)
     position = jax.vmap(position, in_axes=(None, 0, 0))  # over head dimensions

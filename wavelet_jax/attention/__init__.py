@@ -3,15 +3,23 @@
 import functools
 import logging
 import math
-import numbers
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from wavelet_jax import memory
 from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
-from wavelet_jax.attention.call import Call, check_heads, is_repeated
+from wavelet_jax.attention.arguments import (
+    arrays_of,
+    check_terms,
+    dropout_of,
+    hide,
+    mask_of,
+    positions_of,
+    segments_of,
+    tolerance_of,
+    window_of,
+)
+from wavelet_jax.attention.call import Call, is_repeated
 from wavelet_jax.attention.tiles import KEPT
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Terms
@@ -66,73 +74,61 @@ def attention(
     """Attention whose scores hold a position method's terms.
 
     Args:
-      query_BxTxHxD: [B, T, H, D], any float dtype.
-      key_BxSxKxD, value_BxSxKxD: [B, S, K, D]; K divides H, and head h reads key head h // (H / K) (grouped queries).
-      terms: from `positions.make(...).terms(params)`.
+      query_BxTxHxD: [B, T, H, D], float32, bfloat16 or float16 (NumPy's float64 too where JAX takes it for float32).
+      key_BxSxKxD, value_BxSxKxD: [B, S, K, D], likewise; K divides H, and head h reads key head h // (H / K) (grouped
+        queries). The three dtypes may differ (a cache in bfloat16, say): a product of two is of the wider one.
+      terms: from `positions.make(...).terms(params)`, made for H heads of size D. The terms of methods that add to the
+        token embedding (sinusoidal, learned) are passed as `terms.without_embedding()`, once the embedding has them.
       causal: a query sees keys at its own position and before.
       query_positions, key_positions: integers in tokens, [T] and [S], or [B, T] and [B, S]; or a scalar, the first of
-        consecutive positions (traced, say, in a loop over chunks); 0, 1, 2, .. where left out, which takes T = S.
+        consecutive positions (traced, say, in a loop over chunks); 0, 1, 2, .. where left out, which takes T = S. They
+        and their distances must fit into int32; traced ones that do not fit wrap around, unseen.
         With a cache, give the global positions; unfilled slots whose positions lie after every query's are then
         hidden by the causal mask. "tiled" and "decode" take consecutive positions only: scalars, or arrays that are
         not traced.
-      segment_ids: [B, T] (with T = S), or the pair ([B, T], [B, S]): a query sees keys of its own segment only.
+      segment_ids: integers [B, T] (with T = S), or the pair (a tuple) of [B, T] and [B, S]: a query sees keys of its
+        own segment only.
       window: a query sees keys at distance less than this only (on both sides where not causal).
       mask: bool, broadcastable to [B, H, T, S]: False hides a key, beside what the arguments above hide. One of shape
         [B, 1, 1, S], the same for all heads and queries, is padding, and goes as segments do: "reference", "tiled" and
         "decode" carry it. Any other is carried by "reference" alone, and only where that is named: "auto" is there for
         linear memory, and refuses.
-      dropout_rate, dropout_key: dropout on the attention probabilities.
+      dropout_rate, dropout_key: dropout on the attention probabilities; the rate is a number that is not traced.
       backend: "auto" or one of `BACKENDS`: "reference" is the definition, with memory quadratic in length; "tiled"
         computes the same in linear memory, "decode" is for few queries, "pallas_tpu" and "triton_gpu" are kernels, and
         "cudnn" is NVIDIA's, for methods that add nothing to the scores. "auto" takes "decode" for up to `DECODE_UP_TO`
-        queries over more keys, and one of the others for long sequences, where they can.
+        queries over more keys, and one of the others for long sequences, where they can. The batch may be symbolic
+        (`jax.export`); lengths may be for "reference" only.
       far_tolerance: of all but "reference": no entry of a constant `relative_keys` is wrong by more than this; None for
         `tiled.FAR_TOLERANCE` of the query's dtype.
 
     Returns:
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key. Sums are float32; all but "reference" round
-      the softmax weights to the value's dtype for their product with it. Forward-mode differentiation (`jax.jvp`) goes
-      through "reference" and "decode" only: the others have derivatives of their own, for reverse mode.
+      the softmax weights to the value's dtype for their product with it. "reference" and "decode" have all derivatives.
+      The others have first derivatives of their own, in reverse mode; "tiled" also has second ones, as forward mode
+      over reverse (`jax.hessian`, or `jax.jvp` of `jax.grad`). `jax.jvp` alone and `jax.grad` of `jax.grad` are refused
+      (`jax.jvp` with `jax.jit` by JAX itself: it "can't apply forward-mode autodiff").
 
     Raises:
-      UserError: shapes that do not fit, a method made for other heads, an unknown backend, what a named backend cannot
-        carry, or what "auto" could compute in quadratic memory only, and more of it than `REFERENCE_SHARE`.
+      UserError: arguments of a wrong kind, dtype or shape, a method made for other heads, terms that add to the token
+        embedding, positions past int32, an unknown backend, what a named backend cannot carry, or what "auto" could
+        compute in quadratic memory only, and more of it than `REFERENCE_SHARE`.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("attention backend", backend, ("auto", *BACKENDS))
-    _check_shapes(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
+    query_BxTxHxD, key_BxSxKxD, value_BxSxKxD = arrays_of(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
-    check_heads(terms, num_heads, head_dim)
-    if (query_positions is None or key_positions is None) and num_queries != num_keys:
-        raise UserError(
-            f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
-            "give query_positions and key_positions"
-        )
-    if not 0 <= dropout_rate < 1:
-        raise UserError(f"attention's dropout_rate must be at least 0 and below 1, not {dropout_rate}")
-    if dropout_rate > 0 and dropout_key is None:
-        raise UserError("attention dropout needs a dropout_key")
-    if window is not None:
-        if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 1:
-            allowed = "an integer of at least 1 (a query's own position)"
-            raise UserError(f"attention's window must be {allowed}, not {window!r}")
-        window = int(window)  # a short NumPy one would overflow
-    if far_tolerance is not None and (not isinstance(far_tolerance, numbers.Real) or not far_tolerance > 0):
-        raise UserError(f"far_tolerance must be a number above 0, not {far_tolerance!r}")
-    query_positions, query_start = _positions("query_positions", query_positions, batch, num_queries)
-    key_positions, key_start = _positions("key_positions", key_positions, batch, num_keys)
-    if segment_ids is not None:
-        segment_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        query_segments, key_segments = segment_ids
-        if query_segments.shape != (batch, num_queries) or key_segments.shape != (batch, num_keys):
-            raise UserError(
-                f"segment_ids must be [B, T] = ({batch}, {num_queries}) with T = S, or a pair of that and "
-                f"[B, S] = ({batch}, {num_keys}), not {query_segments.shape} and {key_segments.shape}"
-            )
+    check_terms(terms, query_BxTxHxD.shape)
+    dropout_rate = dropout_of(dropout_rate, dropout_key)
+    window, far_tolerance = window_of(window), tolerance_of(far_tolerance)
+    query_positions, query_start, key_positions, key_start = positions_of(
+        query_positions, key_positions, batch, num_queries, num_keys
+    )
+    segment_ids = segments_of(segment_ids, batch, num_queries, num_keys)
     if mask is not None:
-        mask = _mask(mask, (batch, num_heads, num_queries, num_keys))
+        mask = mask_of(mask, (batch, num_heads, num_queries, num_keys))
         if mask.shape[1:3] == (1, 1):
-            segment_ids, mask = _hide(mask[:, 0, 0], segment_ids, (batch, num_queries, num_keys)), None
+            segment_ids, mask = hide(mask[:, 0, 0], segment_ids, (batch, num_queries, num_keys)), None
         elif backend != "reference":
             raise UserError(
                 "a mask that differs by head or query needs the full score matrix: name backend='reference' "
@@ -200,60 +196,13 @@ def attention(
             )
 
 
-def _positions(
-    name: str, positions: jax.Array | int | None, batch: int, length: int
-) -> tuple[jax.Array, int | jax.Array | None]:
-    """Positions [length] or [B, length], and the first of them where they are known to be consecutive, or else None.
-
-    In int32: unsigned positions would have no negative distances.
-    """
-    positions = 0 if positions is None else positions
-    traced = isinstance(positions, jax.core.Tracer)
-    positions = positions if traced else np.asarray(positions)
-    if positions.shape not in ((), (length,), (batch, length)) or not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise UserError(
-            f"{name} must be integers of shape ({length},) or ({batch}, {length}), or one integer, the first of "
-            f"consecutive positions, not {positions.dtype} of shape {positions.shape}"
-        )
-    positions = positions.astype(jnp.int32)
-    if traced and positions.ndim:
-        return positions, None
-    if positions.ndim == 0:
-        start = positions if traced else int(positions)
-        return start + jnp.arange(length, dtype=jnp.int32), start
-    start = int(positions.flat[0]) if positions.size else 0
-    if (positions == np.arange(start, start + length)).all():
-        return jnp.arange(start, start + length, dtype=jnp.int32), start
-    return jnp.asarray(positions), None
-
-
-def _mask(mask: jax.Array, scores: tuple[int, int, int, int]) -> jax.Array:
-    """The mask with four axes, each of length 1 or as in the scores [B, H, T, S]."""
-    shape = (1,) * (4 - mask.ndim) + mask.shape
-    fits = len(shape) == 4 and all(have in (1, want) for have, want in zip(shape, scores, strict=True))
-    if mask.dtype != bool or not fits:
-        raise UserError(
-            f"attention's mask must be bool (True: visible), broadcastable to [B, H, T, S] = {scores}, "
-            f"not {mask.dtype} of shape {mask.shape}"
-        )
-    return mask.reshape(shape)
-
-
-def _hide(
-    kept: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None, sizes: tuple[int, int, int]
-) -> tuple[jax.Array, jax.Array]:
-    """Segment ids ([B, T], [B, S]) by which no query sees a key where `kept`, [B or 1, S or 1], is False."""
-    batch, num_queries, num_keys = sizes
-    kept = jnp.broadcast_to(kept, (batch, num_keys))
-    if segment_ids is None:
-        return jnp.zeros((batch, num_queries), jnp.int32), jnp.where(kept, 0, 1).astype(jnp.int32)
-    query_segments, key_segments = (jnp.asarray(ids).astype(jnp.int32) for ids in segment_ids)
-    # A segment that no query is in; were the largest id 2^31 - 1, it would wrap to -2^31, still no id in use.
-    return query_segments, jnp.where(kept, key_segments, jnp.max(query_segments, initial=0) + 1)
-
-
 def _choose(backend: str, call: Call) -> str:
     """The backend of a call; raises `UserError` for what a named one cannot carry."""
+    if not (isinstance(call.queries, int) and isinstance(call.keys, int)) and backend != "reference":
+        raise UserError(
+            f"lengths {call.queries} and {call.keys} are symbolic, which the reference backend alone carries: name "
+            "backend='reference' (memory quadratic in length), or export a program for each length"
+        )
     if backend != "auto":
         if found := OBSTACLES[backend](call):
             raise UserError(f"the {backend} backend needs {' and '.join(found)}: use backend='auto'")
@@ -287,7 +236,8 @@ def _reservations(name: str, call: Call) -> list[str]:
 
 def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:
     """Raises `UserError` where float32 arrays of these shapes need more than `REFERENCE_SHARE` of the memory."""
-    count = sum(4 * math.prod(shape) for shape in shapes)
+    # Symbolic sizes (a batch in jax.export) are at least 1.
+    count = sum(4 * math.prod(size if isinstance(size, int) else 1 for size in shape) for shape in shapes)
     obstacles = tiled.obstacles(call)  # the backend of linear memory that carries most
     if count <= REFERENCE_FLOOR or not obstacles:
         return
@@ -304,18 +254,3 @@ def _check_memory(shapes: list[tuple[int, ...]], call: Call) -> None:
 @functools.cache
 def _say_once(message: str) -> None:
     logging.getLogger(__name__).info(message)
-
-
-def _check_shapes(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array) -> None:
-    shapes = f"query {query_BxTxHxD.shape}, key {key_BxSxKxD.shape}, value {value_BxSxKxD.shape}"
-    if not query_BxTxHxD.ndim == key_BxSxKxD.ndim == value_BxSxKxD.ndim == 4:
-        raise UserError(f"attention takes [batch, length, heads, head_dim]: {shapes}")
-    if 0 in query_BxTxHxD.shape + key_BxSxKxD.shape + value_BxSxKxD.shape:
-        raise UserError(f"attention takes at least one of batch, queries, keys, heads and dimensions: {shapes}")
-    if key_BxSxKxD.shape != value_BxSxKxD.shape or (query_BxTxHxD.shape[0], query_BxTxHxD.shape[3]) != (
-        key_BxSxKxD.shape[0],
-        key_BxSxKxD.shape[3],
-    ):
-        raise UserError(f"batch and head_dim must agree, and key and value be of one shape: {shapes}")
-    if query_BxTxHxD.shape[2] % key_BxSxKxD.shape[2]:
-        raise UserError(f"key heads must divide query heads: {shapes}")

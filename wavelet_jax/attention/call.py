@@ -43,7 +43,10 @@ class Call:
 
 
 def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
-    """Raises `UserError` for terms that were made for other heads than the queries': some of them would broadcast."""
+    """Raises `UserError` for terms that were made for other heads than the queries' H = num_heads of D = head_dim.
+
+    Terms of one's own may not say what they were made for; the shapes of their fields do, where they have heads.
+    """
 
     def at(distance: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         """What has heads, [H, ..], and what has head dimensions, [.., D]."""
@@ -54,10 +57,10 @@ def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
 
     with_heads, with_dimensions = jax.eval_shape(at, jax.ShapeDtypeStruct((1,), jnp.int32))
     for size, made, have in (
-        ("num_heads", {x.shape[0] for x in with_heads}, num_heads),
-        ("head_dim", {x.shape[-1] for x in with_dimensions}, head_dim),
+        ("num_heads", {x.shape[0] for x in with_heads} | {terms.num_heads}, num_heads),
+        ("head_dim", {x.shape[-1] for x in with_dimensions} | {terms.head_dim}, head_dim),
     ):
-        if other := made - {have}:
+        if other := made - {have, None}:
             raise UserError(f"the position method was made for {size}={min(other)}, the queries have {have}")
 
 

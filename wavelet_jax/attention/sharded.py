@@ -20,9 +20,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from wavelet_jax.attention import attention as attention_of_one
-from wavelet_jax.attention.call import check_heads
+from wavelet_jax.attention.arguments import check_terms
 from wavelet_jax.attention.tiles import KEPT
 from wavelet_jax.errors import UserError
+from wavelet_jax.integers import as_int32
 from wavelet_jax.positions.terms import Params, Terms
 
 
@@ -69,7 +70,8 @@ def attention(
 
     Args:
       query_BxTxHxD, key_BxTxKxD, value_BxTxKxD: global arrays inside of `jax.jit`; K divides H.
-      terms_of: a position method's `terms`; called on each device, since `Terms` is no pytree.
+      terms_of: gives the `Terms` of the parameters, such as a position method's `terms`; called on each device, since
+        `Terms` is not a pytree.
       params: what it is given, whole on each device; their gradients are summed over the mesh.
       positions: [T] or [B, T] of the tokens in the order in which they lie. NumPy positions [T] that come to two
         consecutive runs a device, such as `zigzag`'s, go to every backend that takes a traced first position; any
@@ -99,7 +101,7 @@ def attention(
 
     def on_device(params, query, key, value, given_positions, segments) -> jax.Array:
         terms = terms_of(params)
-        check_heads(terms, *query_BxTxHxD.shape[2:])  # of all devices, before a device takes its own
+        check_terms(terms, query_BxTxHxD.shape)  # of all devices, before a device takes its own
         if head_axis is not None and mesh.shape[head_axis] > 1:
             terms = _of_heads(terms, lax.axis_index(head_axis) * query.shape[2], query.shape[2])
         own = positions if constant else given_positions
@@ -119,7 +121,7 @@ def attention(
         in_specs=(PartitionSpec(), by_head, by_head, by_head, by_position, by_token),
         out_specs=by_head,
         check_vma=False,  # the backends' loops begin with zeros, which are the same everywhere, and carry what differs
-    )(params, query_BxTxHxD, key_BxTxKxD, value_BxTxKxD, jnp.asarray(positions, jnp.int32), segment_ids)
+    )(params, query_BxTxHxD, key_BxTxKxD, value_BxTxKxD, jnp.asarray(as_int32("positions", positions)), segment_ids)
 
 
 def _over_length(
@@ -217,6 +219,7 @@ def _of_heads(terms: Terms, first: jax.Array, heads: int) -> Terms:
         content_bias=take(terms.content_bias),
         position_bias=take(terms.position_bias),
         bias=terms.bias and (lambda distance: take(terms.bias(distance))),
+        num_heads=heads,
     )
 
 

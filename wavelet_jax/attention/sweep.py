@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from wavelet_jax.attention.common import einsum
 from wavelet_jax.attention.tiles import (
@@ -24,6 +26,38 @@ from wavelet_jax.attention.tiles import (
     view_of,
     with_far,
 )
+from wavelet_jax.errors import UserError
+
+FIRST_ONLY = (
+    "the backends of tiles have first derivatives in reverse mode, and no jax.grad of jax.grad and no jax.jvp: take "
+    "second derivatives by jax.hessian, or jax.jvp of jax.grad, or name backend='reference' or 'decode'"
+)
+
+
+@jax.custom_jvp
+def _transposed_once(arrays):
+    """Arrays as they are. Reverse-mode differentiation of what a derivative is made of is refused here.
+
+    Its loops have lengths that are not known while tracing, which JAX differentiates in forward mode only.
+    """
+    return arrays
+
+
+@_transposed_once.defjvp
+def _transposed_once_jvp(primals, tangents):
+    return primals[0], jax.tree.map(_forward_only.bind, tangents[0])
+
+
+def _refuse_transpose(_, __):
+    raise UserError(FIRST_ONLY)
+
+
+_forward_only = Primitive("forward_only")
+_forward_only.def_impl(lambda x: x)
+_forward_only.def_abstract_eval(lambda x: x)
+ad.deflinear2(_forward_only, _refuse_transpose)
+batching.defvectorized(_forward_only)
+mlir.register_lowering(_forward_only, lambda _, x: [x])
 
 
 def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
@@ -47,7 +81,7 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
         blocks.append(part)
     carry = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *blocks)
 
-    for side in (0,) if plan.causal else (0, 1):
+    for side in filter(plan.has_outer, (0, 1)):
         if side == 0:
             # Tile n holds the `keys` keys that end where the local tile, or tile n - 1, begins.
             inner, reach = position - band, band
@@ -137,7 +171,7 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
 
 
 def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    out, logsumexp = checkpoint_name(_forward(plan, inputs, offset, segments), KEPT)
+    out, logsumexp = checkpoint_name(_transposed_once(_forward(plan, inputs, offset, segments)), KEPT)
     # The output waits as it was before it was rounded. Rounding to bfloat16 would be in delta, and so in the
     # derivatives of all of a row's scores; where position vectors are alike for hundreds of keys it adds up, and the
     # queries' gradient is off by 2.8e-3 and not by 2.4e-3 (scales 2^2..2^9, 1,300 tokens).
@@ -228,7 +262,8 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     xs = tiles, row_segments, out_gradient, out, logsumexp, *queries
     d, d_queries = lax.scan(query_tile, zeros(others), xs)
     d = jax.tree.map(lambda d, x: d.astype(x.dtype), d, others)
-    return d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1]), None, None
+    d = d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1])
+    return _transposed_once(d), None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -23,8 +23,9 @@ import numpy as np
 
 from wavelet_jax.attention import common, constants, factors
 from wavelet_jax.attention.call import Call, consecutive_only
-from wavelet_jax.attention.sweep import attend
+from wavelet_jax.attention.sweep import FIRST_ONLY, attend
 from wavelet_jax.attention.tiles import Inputs, Plan, Tiles, first_distance, split_heads
+from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Terms
 
 # No entry of a constant table is wrong by more than this. In float32 scores that is below the rounding of their
@@ -145,7 +146,12 @@ def _in_tiles(
         query_segments = jnp.pad(query_segments, [(0, 0), (0, -num_queries % rows)]).reshape(batch, -1, rows)
         segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), plan.padding])
     inputs, segment_ids, _ = common.vary_together(inputs, segment_ids, offset)
-    out_NxBxKxDxGxU = attend(plan, inputs, offset, segment_ids)
+    try:
+        out_NxBxKxDxGxU = attend(plan, inputs, offset, segment_ids)
+    except (TypeError, NotImplementedError) as error:
+        if "custom_vjp function" in str(error) or "custom_lin" in str(error):  # JAX's words for a jvp
+            raise UserError(FIRST_ONLY) from None
+        raise
     out = einops.rearrange(out_NxBxKxDxGxU, "n b k d g u -> b (n u) (k g) d")
     return out[:, :num_queries]
 

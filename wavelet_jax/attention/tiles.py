@@ -87,17 +87,36 @@ class Plan:
         """Tokens that a tile that holds a key may stick out by, on either side."""
         return max(self.tiles.band + self.tiles.rows + self.after, self.tiles.keys)
 
+    def has_outer(self, side: int) -> bool:
+        """Whether any query tile sees key tiles outside its local tile, before it (side 0) or after it (side 1).
+
+        A loop over none is left out of the program: its slices, which never run, would still have to fit into the
+        padded keys.
+        """
+        reach = self.tiles.band if side == 0 else self.after
+        if (side == 1 and self.causal) or (self.window is not None and self.window - 1 <= reach):
+            return False
+        if self.offset is None:
+            return True
+        if side == 0:  # the local tile of the last rows leaves most keys before it
+            return self.offset + (self.row_tiles - 1) * self.tiles.rows > reach
+        return self.keys > self.offset + self.tiles.rows + reach
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.queries // self.tiles.rows)
+
     @property
     def padding(self) -> tuple[int, int]:
         """Keys added (before, after), so that no tile that holds a key sticks out."""
         if self.offset is None:
             return self.overhang, self.overhang
-        count = -(-self.queries // self.tiles.rows)
         # The local tiles of the first rows and of the last, and tiles outwards, which end anywhere.
-        before, after = self.tiles.band - self.offset, self.offset + count * self.tiles.rows + self.after - self.keys
-        if self.offset + (count - 1) * self.tiles.rows > self.tiles.band:
+        last = self.offset + self.row_tiles * self.tiles.rows
+        before, after = self.tiles.band - self.offset, last + self.after - self.keys
+        if self.has_outer(0):
             before = max(before, self.tiles.keys)
-        if not self.causal:
+        if self.has_outer(1):
             after = max(after, self.tiles.keys)
         return min(max(before, 0), self.overhang), min(max(after, 0), self.overhang)
 

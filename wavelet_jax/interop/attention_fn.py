@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.attention import attention
+from wavelet_jax.attention.arguments import dropout_of
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Params, PositionMethod, Terms
 
@@ -55,18 +56,9 @@ def attend(
       UserError: what cannot be carried, in one line that says what can.
     """
     terms = terms_of(method, params)
-    if query.shape[-2:] != (method.num_heads, method.head_dim):
-        raise UserError(
-            f"{type(method).__name__} was made for num_heads={method.num_heads}, head_dim={method.head_dim}, and the "
-            f"module's queries have {query.shape[-2]} heads of {query.shape[-1]}"
-        )
     if sow_weights:
         raise UserError("sow_weights: attention with positions does not keep its weights; leave it out")
-    if dropout_rate > 0 and backend != "reference":
-        raise UserError(
-            "attention dropout needs the full score matrix: give PositionAttention backend='reference' (memory "
-            "quadratic in length), or the module dropout_rate=0"
-        )
+    dropout_rate = dropout_of(dropout_rate, dropout_key)
     if dropout_rate > 0 and broadcast_dropout:
         raise UserError(
             "attention dropout is not broadcast over batch and heads: give the module broadcast_dropout=False"
@@ -78,6 +70,12 @@ def attend(
     )
     if mask is not None:
         mask = _one_batch_axis(mask.astype(bool), batch, 3)
+        if mask.shape[1:3] != (1, 1) and backend != "reference":
+            raise UserError(
+                "a mask that differs by head or query needs the full score matrix: give PositionAttention "
+                "backend='reference' (memory quadratic in length), or say it by its causal and window, and a padding "
+                "mask [batch.., 1, 1, S]"
+            )
     query_positions = key_positions = None
     if input_positions is not None:
         if not isinstance(input_positions, jax.core.Tracer):

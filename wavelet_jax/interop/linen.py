@@ -24,7 +24,9 @@ class PositionAttention(nn.Module):
     - Causality: `causal=True` here.
     - Padding: a mask [batch.., 1, 1, S] in the module's call, True for keys that are no padding. Nothing quadratic is
       made of it.
-    - Any other mask, and attention dropout: with `backend="reference"`, in memory quadratic in length, or not at all.
+    - Any other mask: with `backend="reference"`, in memory quadratic in length, or not at all.
+    - Attention dropout: with `broadcast_dropout=False` in the module; in memory quadratic in length, as
+      `wavelet_jax.attention.attention` has it.
     - Decoding with the module's cache: `causal=True`. The query's position is the cache index, read off the mask that
       the module makes.
 

@@ -21,7 +21,9 @@ class PositionAttention(nnx.Module):
     - Causality: `causal=True` here, or `is_causal=True` in the module's call.
     - Padding: a mask [batch.., 1, 1, S] in the module's call, True for keys that are no padding. Nothing quadratic is
       made of it.
-    - Any other mask, and attention dropout: with `backend="reference"`, in memory quadratic in length, or not at all.
+    - Any other mask: with `backend="reference"`, in memory quadratic in length, or not at all.
+    - Attention dropout: with `broadcast_dropout=False` in the module; in memory quadratic in length, as
+      `wavelet_jax.attention.attention` has it.
     - Decoding with the module's cache: `causal=True`. The query's position is the cache index, read off the mask that
       the module makes; or give the module `input_positions` (Flax 0.12.12 or newer). Traced ones for each row,
       [B, 1] with B > 1, go by the definition, which costs more: where all rows are at one position, give [1, 1], or

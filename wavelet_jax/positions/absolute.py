@@ -29,7 +29,7 @@ class NoPE:
         return {}
 
     def terms(self, params: Params) -> Terms:
-        return Terms()
+        return Terms(num_heads=self.num_heads, head_dim=self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sinusoidal:
             waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
             return waves.reshape(*angles.shape[:-1], self.d_model)
 
-        return Terms(embed=embed)
+        return Terms(embed=embed, num_heads=self.num_heads, head_dim=self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Learned:
             row = jnp.where(positions < 0, self.max_positions, positions)
             return jnp.take(params["table"], row, axis=0, mode="fill", fill_value=jnp.nan)
 
-        return Terms(embed=embed, max_positions=self.max_positions)
+        return Terms(embed=embed, max_positions=self.max_positions, num_heads=self.num_heads, head_dim=self.head_dim)
 
 
 def check_positions(length: int, max_positions: int | None) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wavelet_jax.integers import as_int32
 from wavelet_jax.positions.terms import Params, Terms
 from wavelet_jax.ranges import check_options
 
@@ -39,6 +40,8 @@ class ALiBi:
 
     def terms(self, params: Params) -> Terms:
         def bias(distance: jax.Array) -> jax.Array:
-            return -jnp.multiply.outer(slopes(self.num_heads), jnp.abs(distance).astype(jnp.float32))
+            return -jnp.multiply.outer(
+                slopes(self.num_heads), jnp.abs(as_int32("distances", distance)).astype(jnp.float32)
+            )
 
-        return Terms(bias=bias)
+        return Terms(bias=bias, num_heads=self.num_heads, head_dim=self.head_dim)

@@ -56,4 +56,9 @@ class DiscreteWavelet:
     def terms(self, params: Params) -> Terms:
         columns = self._columns()
         relative_keys = functools.partial(discrete.discrete_position, **columns)
-        return Terms(relative_keys=relative_keys, support=discrete.support(**columns))
+        return Terms(
+            relative_keys=relative_keys,
+            support=discrete.support(**columns),
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+        )

@@ -71,4 +71,8 @@ class RoPE:
         return {}
 
     def terms(self, params: Params) -> Terms:
-        return Terms(rotate=lambda x, positions: rotate(x, positions, self.theta, self.layout))
+        return Terms(
+            rotate=lambda x, positions: rotate(x, positions, self.theta, self.layout),
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+        )

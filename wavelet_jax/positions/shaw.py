@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from wavelet_jax.integers import as_int32
 from wavelet_jax.positions.terms import Params, Terms
 from wavelet_jax.ranges import Range, check_options
 
@@ -43,9 +44,14 @@ class Shaw:
     def terms(self, params: Params) -> Terms:
         def lookup(name: str):
             def vectors(distance: jax.Array) -> jax.Array:
-                clipped = jnp.clip(distance, -self.clip_distance, self.clip_distance)
+                clipped = jnp.clip(as_int32("distances", distance), -self.clip_distance, self.clip_distance)
                 return jnp.asarray(params[name])[clipped + self.clip_distance]
 
             return vectors
 
-        return Terms(relative_keys=lookup("keys"), relative_values=lookup("values") if self.values else None)
+        return Terms(
+            relative_keys=lookup("keys"),
+            relative_values=lookup("values") if self.values else None,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+        )

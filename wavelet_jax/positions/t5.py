@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavelet_jax.errors import UserError
+from wavelet_jax.integers import as_int32
 from wavelet_jax.positions.terms import Params, Terms
 from wavelet_jax.ranges import COUNT, check_options
 
@@ -27,7 +28,7 @@ def buckets(
     # edges that are whole numbers.
     growth = (max_distance / exact) ** (np.arange(1, side - exact) / (side - exact))
     edges = np.concatenate([np.arange(1, exact + 1), np.ceil(np.round(exact * growth, 9))]).astype(np.int32)
-    distance = jnp.asarray(distance, jnp.int32)
+    distance = jnp.asarray(as_int32("distances", distance))
     length = jnp.abs(distance) if bidirectional else jnp.maximum(distance, 0)
     bucket = jnp.searchsorted(edges, length, side="right", method="compare_all").astype(jnp.int32)
     return bucket + jnp.where(distance < 0, side, 0) if bidirectional else bucket
@@ -69,4 +70,4 @@ class T5:
             bucket = buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
             return jnp.moveaxis(jnp.asarray(params["bias"])[bucket], -1, 0)
 
-        return Terms(bias=bias)
+        return Terms(bias=bias, num_heads=self.num_heads, head_dim=self.head_dim)

@@ -39,6 +39,14 @@ class Terms:
     support: int | None = None
     # positions from here on are refused (learned positions past their table); None: any position
     max_positions: int | None = None
+    # H and D, the query heads and the head size that the method was made for: attention refuses queries of others.
+    # None (terms of your own, say): not checked beyond the shapes that the other fields have
+    num_heads: int | None = None
+    head_dim: int | None = None
+
+    def without_embedding(self) -> "Terms":
+        """The terms for attention, once `embed(positions)` has been added to the token embedding."""
+        return dataclasses.replace(self, embed=None)
 
 
 class PositionMethod(Protocol):

@@ -59,4 +59,6 @@ class TransformerXL:
             relative_keys=relative_keys,
             content_bias=params["content_bias"],
             position_bias=params["position_bias"],
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
         )

@@ -85,4 +85,4 @@ class Wavelet:
         relative_keys = functools.partial(
             wavelet_position, scales=scales, shifts=shifts, mother=self.mother, t_sign=self.t_sign
         )
-        return Terms(relative_keys=relative_keys, support=reach)
+        return Terms(relative_keys=relative_keys, support=reach, num_heads=self.num_heads, head_dim=self.head_dim)
