@@ -56,7 +56,7 @@ def gradients(name: str, backend: str, how: str, dtype="float32", shape=plain_sh
         given = dict(zip(("segment_ids", "query_positions", "mask"), (segments, first, padding), strict=True))
         chosen = {key: given[key] if value is True else value for key, value in OPTIONS[how].items()}
         terms = method.terms(params)
-        out = attention(query, key, value, terms, backend=backend, **chosen)
+        out = attention(query, key, value, terms.without_embedding(), backend=backend, **chosen)
         assert out.shape == query.shape
         assert out.dtype == value.dtype
         return jnp.sum(out.astype(jnp.float32))

@@ -46,8 +46,8 @@ LEAST_1 = "{key} must be at least 1, not {value}"
 FINITE = "{key} must be at least 0 and finite, not inf"
 FRACTION = "{key} must be at least 0 and below 1, not {value}"
 TOO_LARGE = "this run needs at least"  # memory
-NO_INT = "{key}={value}: invalid literal for int()"
-NO_FLOAT = "{key}={value}: could not convert string to float"
+NO_INT = "{key}={value}: it takes a whole number"
+NO_FLOAT = "{key}={value}: it takes a number"
 # NaN, infinity and a word for a whole number.
 NOT_WHOLE = (NO_INT, NO_INT, NO_INT)
 

@@ -85,14 +85,14 @@ def test_nope_fills_no_field():
     ("name", "method_options", "message"),
     [
         ("wavelets", {}, r"unknown position method 'wavelets': did you mean 'wavelet'\? allowed are wavelet, rope"),
-        ("rope", {"theta": "10"}, r"rope's theta must be a finite number, not '10'"),
-        ("rope", {"theta": float("nan")}, r"rope's theta must be a finite number, not nan"),
-        ("sinusoidal", {"theta": True}, r"sinusoidal's theta must be a finite number, not True"),
-        ("wavelet", {"num_scales": 8.0}, r"wavelet's num_scales must be an integer, not 8.0"),
+        ("rope", {"theta": "10"}, r"rope's theta must be a number, not '10'"),
+        ("rope", {"theta": float("nan")}, r"rope's theta must be at least 1, not nan"),
+        ("sinusoidal", {"theta": True}, r"sinusoidal's theta must be a number, not True"),
+        ("wavelet", {"num_scales": 8.0}, r"wavelet's num_scales must be a whole number, not 8.0"),
         ("wavelet", {"trainable": 1}, r"wavelet's trainable must be True or False, not 1"),
-        ("wavelet", {"support_tolerance": np.inf}, r"wavelet's support_tolerance must be a finite number, not inf"),
-        ("shaw", {"clip_distance": True}, r"shaw's clip_distance must be an integer, not True"),
-        ("t5", {"num_buckets": None}, r"t5's num_buckets must be an integer, not None"),
+        ("wavelet", {"support_tolerance": np.inf}, r"wavelet's support_tolerance must be at least 0 and below 1, not inf"),
+        ("shaw", {"clip_distance": True}, r"shaw's clip_distance must be a whole number, not True"),
+        ("t5", {"num_buckets": None}, r"t5's num_buckets must be a whole number, not None"),
         ("rope", {"teta": 1e4}, r"unknown option of rope 'teta': did you mean 'theta'\? allowed are theta, layout"),
         ("nope", {"theta": 1e4}, r"unknown option of nope 'theta': allowed are none"),
         ("rope", {"layout": "half"}, r"unknown RoPE layout 'half': did you mean 'half_split'\?"),
@@ -495,8 +495,8 @@ def test_the_readme_sized_use():
     ("sizes", "message"),
     [
         ({"num_heads": 0, "head_dim": 8}, "nope's num_heads must be at least 1, not 0"),
-        ({"num_heads": 2, "head_dim": "8"}, "nope's head_dim must be an integer, not '8'"),
-        ({"num_heads": 2.0, "head_dim": 8}, "nope's num_heads must be an integer, not 2.0"),
+        ({"num_heads": 2, "head_dim": "8"}, "nope's head_dim must be a whole number, not '8'"),
+        ({"num_heads": 2.0, "head_dim": 8}, "nope's num_heads must be a whole number, not 2.0"),
     ],
 )
 def test_heads_of_another_kind_are_refused(sizes, message):

@@ -1,8 +1,6 @@
 """Position methods behind one seam: a frozen dataclass of hyper-parameters -> `Terms` -> attention."""
 
 import dataclasses
-import math
-import numbers
 
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.integers import shown
@@ -54,28 +52,12 @@ def make(name: str, *, num_heads: int, head_dim: int, **method_options) -> Posit
 
     Raises:
       UserError: unknown method or option (with the nearest name), a value of another kind than the option's default,
-        or one that the method cannot honour.
+        or one that the method cannot honor.
     """
     allowed = options(name)
     for option, value in method_options.items():
         if option not in allowed:
             raise unknown(f"option of {name}", option, allowed)
-        _check_kind(f"{name}'s {option}", value, allowed[option])
-    for size, value in (("num_heads", num_heads), ("head_dim", head_dim)):
-        _check_kind(f"{name}'s {size}", value, 1)
-        if value < 1:
-            raise UserError(f"{name}'s {size} must be at least 1, not {value}")
+        if isinstance(allowed[option], bool) and not isinstance(value, bool):  # numbers are checked by their ranges
+            raise UserError(f"{name}'s {option} must be True or False, not {shown(value)}")
     return METHODS[name](num_heads=num_heads, head_dim=head_dim, **method_options)
-
-
-def _check_kind(name: str, value: object, default: object) -> None:
-    """Raises `UserError` for a value that is not of its default's kind. Strings and grids are the methods' matter."""
-    is_bool = isinstance(value, bool)
-    if isinstance(default, bool):
-        if not is_bool:
-            raise UserError(f"{name} must be True or False, not {shown(value)}")
-    elif isinstance(default, int):
-        if is_bool or not isinstance(value, numbers.Integral):
-            raise UserError(f"{name} must be an integer, not {shown(value)}")
-    elif isinstance(default, float) and (is_bool or not isinstance(value, numbers.Real) or not math.isfinite(value)):
-        raise UserError(f"{name} must be a finite number, not {shown(value)}")
