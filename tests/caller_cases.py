@@ -1,11 +1,12 @@
 """Attention on four virtual devices in programs that are not ours; `test_callers.py` runs this in a process of its own.
 
-    python tests/caller_cases.py
+    python tests/caller_cases.py METHOD ...
 
-prints one JSON object a case: the largest difference of a gradient from that on one device.
+prints one JSON object per case: the largest difference between a gradient there and on one device.
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from configs import smoke
 from wavelet_jax import sharding, training
 from wavelet_jax.attention import attention, tiled
 from wavelet_jax.attention.tiles import Tiles
-from wavelet_jax.positions import METHODS, make
+from wavelet_jax.positions import make
 
 B, T, H, K, D = 4, 40, 4, 2, 8
 BATCH = PartitionSpec("batch")
@@ -88,7 +89,7 @@ def train_step_in_set_mesh() -> float:
 if __name__ == "__main__":
     # So that a few tokens have tiles of all kinds.
     tiled.TILES = dict.fromkeys(tiled.TILES, Tiles(rows=8, block=4, band=4, keys=8))
-    for number, name in enumerate(METHODS):
+    for number, name in enumerate(sys.argv[1:]):
         kind = (AxisType.Auto, AxisType.Explicit)[number % 2]
         print(json.dumps({"case": f"{name} by shard_map", "error": by_shard_map(name, kind)}), flush=True)
         print(json.dumps({"case": f"{name} on an explicit mesh", "error": by_explicit_mesh(name)}), flush=True)

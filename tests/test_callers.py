@@ -16,12 +16,15 @@ import pytest
 from conftest import EVERYWHERE, ROOT, quick_jit
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from wavelet_jax.attention import attention, tiled
+from wavelet_jax.attention import attention, pallas_tpu, tiled
 from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.errors import UserError
 from wavelet_jax.positions import METHODS, make
 
 slow = pytest.mark.slow
 B, T, H, K, D = 4, 40, 4, 2, 8
+SOME = ("wavelet", "rope", "shaw", "transformer_xl")
+OTHERS = tuple(name for name in METHODS if name not in SOME)
 OPTIONS = {
     "plain": {},
     "window": {"window": 9},
@@ -144,14 +147,25 @@ def test_traces_in_shard_map(name, backend, how):
             assert [x.shape for x in jax.tree.leaves(found)] == [x.shape for x in jax.tree.leaves(arguments[:4])]
 
 
-def test_several_devices_give_what_one_gives():
+def test_kernels_ask_for_an_unchecked_shard_map():
+    mesh = AbstractMesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    function, arguments = gradients("wavelet", "pallas_tpu", "plain")
+    batch = PartitionSpec("batch")
+    specs = PartitionSpec(), batch, batch, batch, batch, PartitionSpec(), batch
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[:4])
+    with pallas_tpu.interpreted(), pytest.raises(UserError, match=r"pallas_tpu backend needs .*check_vma=False"):
+        jax.eval_shape(mapped, *arguments)
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param(OTHERS, marks=slow)], ids=["some", "others"])
+def test_several_devices_give_what_one_gives(names):
     """Gradients over four devices, by `shard_map` and on Explicit meshes, and a train step under `set_mesh`."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, str(ROOT / "tests" / "caller_cases.py")]
+    command = [sys.executable, str(ROOT / "tests" / "caller_cases.py"), *names]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
     errors = {line["case"]: line["error"] for line in map(json.loads, out.stdout.splitlines())}
-    assert len(errors) == 2 * len(METHODS) + 1
+    assert len(errors) == 2 * len(names) + 1
     # Sums of some hundred float32 numbers near 1 in another order.
     assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
 

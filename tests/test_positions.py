@@ -90,7 +90,11 @@ def test_nope_fills_no_field():
         ("sinusoidal", {"theta": True}, r"sinusoidal's theta must be a number, not True"),
         ("wavelet", {"num_scales": 8.0}, r"wavelet's num_scales must be a whole number, not 8.0"),
         ("wavelet", {"trainable": 1}, r"wavelet's trainable must be True or False, not 1"),
-        ("wavelet", {"support_tolerance": np.inf}, r"wavelet's support_tolerance must be at least 0 and below 1, not inf"),
+        (
+            "wavelet",
+            {"support_tolerance": np.inf},
+            r"wavelet's support_tolerance must be at least 0 and below 1, not inf",
+        ),
         ("shaw", {"clip_distance": True}, r"shaw's clip_distance must be a whole number, not True"),
         ("t5", {"num_buckets": None}, r"t5's num_buckets must be a whole number, not None"),
         ("rope", {"teta": 1e4}, r"unknown option of rope 'teta': did you mean 'theta'\? allowed are theta, layout"),

@@ -7,7 +7,7 @@ import math
 import jax
 
 from wavelet_jax import memory
-from wavelet_jax.attention import cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
+from wavelet_jax.attention import common, cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
 from wavelet_jax.attention.arguments import (
     arrays_of,
     check_terms,
@@ -148,6 +148,7 @@ def attention(
         window=window,
         segments=segment_ids is not None,
         dropout=dropout_rate > 0,
+        varies=bool(common.varying_axes(query_BxTxHxD)),
         far_tolerance=far_tolerance,
     )
     chosen = _choose(backend, call)

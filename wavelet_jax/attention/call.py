@@ -24,6 +24,7 @@ class Call:
       causal, window: as in `wavelet_jax.attention.attention`.
       segments: whether there are segment ids.
       dropout: whether attention probabilities are dropped.
+      varies: whether JAX tracks along which mesh axes the queries vary: inside `jax.shard_map` with `check_vma=True`.
       far_tolerance: as in `wavelet_jax.attention.attention`; None for the backend's own.
     """
 
@@ -39,6 +40,7 @@ class Call:
     window: int | None = None
     segments: bool = False
     dropout: bool = False
+    varies: bool = False
     far_tolerance: float | None = None
 
 

@@ -26,15 +26,14 @@ def in_auto_mode(function: Callable[..., jax.Array], query: jax.Array, *others) 
     """
     sharding = jax.typeof(query).sharding
     mesh = sharding.mesh
-    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == _EXPLICIT)
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
     if not explicit:
         return function(query, *others)
     with jax.sharding.use_abstract_mesh(mesh):
         out = NamedSharding(mesh, sharding.spec)
         return jax.jit(jax.sharding.auto_axes(function, axes=explicit, out_sharding=out))(query, *others)
-
-
-_EXPLICIT = AxisType.Explicit
 
 
 def vary_together(*arrays):
@@ -44,16 +43,17 @@ def vary_together(*arrays):
     must keep one such type. Where an array was the same on all devices its gradient is summed over them, by the
     transpose of `lax.pcast`.
     """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(arrays)))
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _varying(x)))
+        missing = tuple(sorted(axes - varying_axes(x)))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, arrays)
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes along which JAX knows that an array may differ: none outside of a checked `shard_map`."""
     return jax.typeof(x).manual_axis_type.varying
 
 

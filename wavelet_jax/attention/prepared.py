@@ -197,6 +197,8 @@ def obstacles(call: Call, tiles: Tiles) -> list[str]:
         found.append("no segment_ids or padding mask")
     if call.window is not None:
         found.append("no window")
+    if call.varies:
+        found.append("jax.shard_map(.., check_vma=False): kernels do not say along which axes their results vary")
     if terms.bias is not None:
         found.append("a position method without a bias")
     if terms.relative_values is not None:
