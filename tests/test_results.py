@@ -171,9 +171,9 @@ def test_an_analysis_is_written_without_its_pictures(tmp_path, monkeypatch):
         ({"optimizer.warmup_steps": -1}, "optimizer.warmup_steps must be at least 0, not -1"),
         ({"train.length": 0}, "train.length must be at least 1, not 0"),
         ({"eval.sequences": -1}, "eval.sequences must be at least 0, not -1"),
-        ({"compare.label": "two\nlines"}, r"compare.label must be letters that show, in one line, not 'two\nlines'"),
-        ({"compare.label": "\x1b[31m"}, r"compare.label must be letters that show, in one line, not '\x1b[31m'"),
-        ({"compare.label": " "}, "compare.label must be letters that show, in one line, not ' '"),
+        ({"compare.label": "two\nlines"}, r"compare.label must be printable text on one line, not 'two\nlines'"),
+        ({"compare.label": "\x1b[31m"}, r"compare.label must be printable text on one line, not '\x1b[31m'"),
+        ({"compare.label": " "}, "compare.label must be printable text on one line, not ' '"),
     ],
 )
 def test_settings_are_checked_before_anything_is_trained(small_config, tmp_path, change, said):

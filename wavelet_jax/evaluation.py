@@ -389,7 +389,7 @@ def check_settings(config: ConfigDict) -> None:
     numeric_keys.check(config, "model", "train", "optimizer", "eval")
     label = config.compare.label
     if not label.isprintable() or (label and not label.strip()):
-        raise UserError(f"compare.label must be letters that show, in one line, not {label!r}")
+        raise UserError(f"compare.label must be printable text on one line, not {label!r}")
 
 
 def check_memory(

@@ -154,8 +154,8 @@ class MetricsLog:
         if self._silent:
             return
         self._path = workdir / "metrics.jsonl"
-        self._events = _Events(workdir / "tensorboard", first_step=step + 1)
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        self._events = _Events(workdir / "tensorboard", first_step=step + 1)
         with atomic.replaced(self._path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = atomic.open_kept(self._path, "ab")  # says how much it has written, on a full disk too
