@@ -33,6 +33,7 @@ OPTIONS = {
     "chunk": {"query_positions": True, "key_positions": 0},  # a traced first position
     "padding": {"mask": True},
 }
+MOSTLY_SLOW = ["segments", *(pytest.param(how, marks=slow) for how in OPTIONS if how != "segments")]
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +68,11 @@ def gradients(name: str, backend: str, how: str, dtype="float32", shape=plain_sh
     return jax.grad(loss, argnums=(0, 1, 2, 3)), arguments
 
 
-@pytest.mark.parametrize("how", OPTIONS)
+@pytest.mark.parametrize("how", MOSTLY_SLOW)
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("name", METHODS)
 def test_traces_where_nothing_is_promoted(name, backend, how):
-    """Under `jax_numpy_rank_promotion="raise"` and strict dtype promotion, which test suites of JAX libraries set."""
+    """Under `jax_numpy_rank_promotion="raise"` and strict dtype promotion, also with bfloat16."""
     for dtype in ("float32", "bfloat16"):
         function, arguments = gradients(name, backend, how, dtype)
         with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
@@ -128,7 +129,7 @@ def test_traces_on_an_explicit_mesh(name, backend, how, sharded):
             assert gradient.sharding.is_equivalent_to(argument.sharding, argument.ndim)
 
 
-@pytest.mark.parametrize("how", ["segments", *(pytest.param(how, marks=slow) for how in OPTIONS if how != "segments")])
+@pytest.mark.parametrize("how", MOSTLY_SLOW)
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("name", METHODS)
 def test_traces_in_shard_map(name, backend, how):
@@ -174,30 +175,29 @@ SETTINGS = {
     "debug_nans": lambda: jax.debug_nans(True),
     "x64": lambda: jax.enable_x64(True),
     "matmul_precision": lambda: jax.default_matmul_precision("bfloat16"),
-    "nothing_promoted": lambda: jax.numpy_dtype_promotion("strict"),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("backend", EVERYWHERE)
-def test_settings_change_no_number(setting, backend):
+@pytest.mark.parametrize("name", ["wavelet", *(pytest.param(name, marks=slow) for name in ("transformer_xl", "t5"))])
+def test_settings_change_no_number(name, backend, setting):
     """Masked rows, far tiles and learned tables under a setting give what they give without it, to the last bit."""
-    for name in ("wavelet", "transformer_xl", "t5"):
-        method = make(name, num_heads=H, head_dim=D)
-        params = method.init(jax.random.key(1))
-        arrays = [jax.random.normal(jax.random.key(i), (1, T, heads, D)) for i, heads in enumerate((H, K, K))]
-        hidden = jnp.arange(T)[None] < 3  # padding at the start: the first queries see nothing
+    method = make(name, num_heads=H, head_dim=D)
+    params = method.init(jax.random.key(1))
+    arrays = [jax.random.normal(jax.random.key(i), (1, T, heads, D)) for i, heads in enumerate((H, K, K))]
+    hidden = jnp.arange(T)[None] < 3  # padding at the start: the first queries see nothing
 
-        def loss(params, arrays, method=method, hidden=hidden):
-            mask = ~hidden[:, None, None]
-            return jnp.sum(jnp.sin(attention(*arrays, method.terms(params), mask=mask, backend=backend)))
+    def loss(params, arrays):
+        mask = ~hidden[:, None, None]
+        return jnp.sum(jnp.sin(attention(*arrays, method.terms(params), mask=mask, backend=backend)))
 
-        def run(loss=loss, params=params, arrays=arrays):
-            return jax.tree.map(np.asarray, quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, arrays))
+    def run():
+        return jax.tree.map(np.asarray, quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, arrays))
 
-        wanted = run()
-        with SETTINGS[setting]():
-            found = run()
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
+    wanted = run()
+    with SETTINGS[setting]():
+        found = run()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)

@@ -44,8 +44,6 @@ CASES = {name: (name, {}) for name in METHODS} | {
     "t5-bidirectional": ("t5", {"num_buckets": 8, "max_distance": 6, "bidirectional": True}),
 }
 
-# Backend -> cases whose Terms it cannot carry and must refuse by a UserError when named.
-CANNOT_CARRY: dict[str, frozenset[str]] = {}
 # Backends that take consecutive positions only (traced: by the first of them), and refuse others by a UserError.
 CONSECUTIVE_ONLY = frozenset({"tiled", "decode"})
 # Backends that bound the error of constant position vectors by a tolerance, and round weights to the values' dtype.
@@ -88,15 +86,10 @@ def _small_tiles():
 
 
 @pytest.fixture(autouse=True)
-def _refusals(request):
-    """Turns a listed refusal into a check of it."""
-    arguments = request.node.callspec.params
-    if arguments["case"] in CANNOT_CARRY.get(arguments.get("backend"), ()):
-        q, k, v = qkv(arguments["case"], np.arange(LENGTH))
-        terms = terms_of(arguments["case"], params_of(arguments["case"])).without_embedding()
-        with pytest.raises(UserError):
-            attention(q, k, v, terms, backend=arguments["backend"])
-        pytest.skip("refused, as it must be")
+def nothing_is_promoted():
+    """The strictest settings that programs run under: no rank and no dtype is promoted behind their backs."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 # --- The layer, and its inputs ---------------------------------------------------------------------------------
@@ -149,8 +142,8 @@ def layer(case, backend, inputs, places, *, causal=True, window=None):
             start = 0 if positions is None else positions
             return start + np.arange(x.shape[1]) if np.ndim(start) == 0 else positions
 
-        x_query += terms.embed(every(places["query_positions"], x_query))
-        x_key += terms.embed(every(places["key_positions"], x_key))
+        x_query += jnp.broadcast_to(terms.embed(every(places["query_positions"], x_query)), x_query.shape)
+        x_key += jnp.broadcast_to(terms.embed(every(places["key_positions"], x_key)), x_key.shape)
     return attention(
         jnp.einsum("bte,ehd->bthd", x_query, inputs["query"]),
         jnp.einsum("bse,ekd->bskd", x_key, inputs["key"]),

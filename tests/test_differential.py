@@ -241,7 +241,7 @@ def check_random_calls(seed: int, count: int, monkeypatch) -> None:
     run()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 10))])
 def test_random_calls(seed, monkeypatch):
     check_random_calls(seed, 20, monkeypatch)
 

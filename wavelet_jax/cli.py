@@ -33,6 +33,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def _parse(argv: list[str]) -> list[str]:
+    defined = [
+        (flag, flag.present)  # how often it was given before, to a program that parses more than one command line
+        for module, its_flags in flags.FLAGS.flags_by_module_dict().items()
+        if module.split(".")[0] != "absl"
+        for flag in its_flags
+    ]
     std_logging.disable(std_logging.WARNING)  # what the libraries have to say is in the error
     try:
         rest = flags.FLAGS(argv)
@@ -44,19 +50,18 @@ def _parse(argv: list[str]) -> list[str]:
         raise flag_errors.explain(argv, error) from error
     finally:
         std_logging.disable(std_logging.NOTSET)
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        for flag in defined:
-            if module.split(".")[0] != "absl" and _repeated(flag):
-                how = f"give one, as --{flag.name}=A,B" if isinstance(flag.value, list) else "give one"
-                raise UserError(f"--{flag.name} is given {flag.present} times, and only the last would count: {how}")
+    for flag, before in defined:
+        if not _takes_several(flag) and (times := flag.present - before) > 1:
+            how = f"give one, as --{flag.name}=A,B" if isinstance(flag.value, list) else "give one"
+            raise UserError(f"--{flag.name} is given {times} times, and only the last would count: {how}")
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}: flags are written --name=value")
     return rest
 
 
-def _repeated(flag: flags.Flag) -> bool:
-    """Whether a flag that takes one value was given more. Of changes to a config, the last one counts."""
-    return flag.present > 1 and not isinstance(flag, flags.MultiFlag) and not flag.name.startswith("config.")
+def _takes_several(flag: flags.Flag) -> bool:
+    """Whether a flag may be given more than once. Of changes to a config, the last one counts."""
+    return isinstance(flag, flags.MultiFlag) or flag.name.startswith("config.")
 
 
 def config_file(flag: str) -> Path:
