@@ -120,7 +120,7 @@ def attention(
         mesh=mesh,
         in_specs=(PartitionSpec(), by_head, by_head, by_head, by_position, by_token),
         out_specs=by_head,
-        check_vma=False,  # the backends' loops begin with zeros, which are the same everywhere, and carry what differs
+        check_vma=False,  # kernels do not say along which axes their results vary
     )(params, query_BxTxHxD, key_BxTxKxD, value_BxTxKxD, jnp.asarray(as_int32("positions", positions)), segment_ids)
 
 
