@@ -4,9 +4,9 @@
         --lengths=128,512,2048 --protocol=sliding_window --stride=64 --out=runs/sliding
 
 The text is the validation text of the runs; `--validation_split=test` takes the test split of a TFDS data set, and
-`--validation_files` other files. Runs remember where their text is, those of earlier versions from the folder in which
-they were trained: `--data_root` names it. `--sequences=100` scores 100 sequences of the longest length, drawn from all
-of it.
+`--validation_files` other files. Runs remember in which folder they were trained; where the text has moved,
+`--data_root` names the folder that their relative paths start from. `--sequences=100` scores 100 sequences of the
+longest length, drawn from all of it.
 
 Before it starts it says what memory and time it will take, and refuses what does not fit.
 """
@@ -30,7 +30,7 @@ VALIDATION_SPLIT = flags.DEFINE_string("validation_split", None, "another text t
 VALIDATION_FILES = flags.DEFINE_string("validation_files", None, "the same: data.validation_files")
 VALIDATION_TEXT_FIELD = flags.DEFINE_string("validation_text_field", None, "its data.validation_text_field")
 DATA_ROOT = flags.DEFINE_string(
-    "data_root", None, "folder that relative paths in the runs' config.data start from; left out: this one"
+    "data_root", None, "folder that relative paths in the runs' config.data start from, instead of config.data.folder"
 )
 OUT = flags.DEFINE_string("out", None, "directory for the results")
 

@@ -30,6 +30,7 @@ from wavelet_jax import (
     devices,
     evaluation,
     guards,
+    numeric_keys,
     plan,
     processes,
     profiling,
@@ -40,7 +41,7 @@ from wavelet_jax import (
     throughput,
     training,
 )
-from wavelet_jax.data import Windows, anchor_paths, load_corpus, read_ahead, train_windows
+from wavelet_jax.data import Windows, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import user_path
 
@@ -168,20 +169,23 @@ def compare(
 def main() -> None:
     config = CONFIG.value
     variants = cli.variants(config, "config")
-    for each in (config, *variants.values()):
+    trained = list(variants.values()) or [config]
+    numeric_keys.check(config, "compare")  # of a comparison the rest of the config itself is not used
+    for each in trained:
         checks.check(each)
         evaluation.check_settings(each)
-        anchor_paths(each, Path.cwd())
+        each.data.folder = str(user_path(each.data.folder, "config.data.folder") if each.data.folder else Path.cwd())
     plan.check_flags()
     if plan.COMPILE_ONLY.value:
         if PROFILE_STEPS.value is not None:
             raise UserError("--profile_steps traces a run, which --compile_only does not make")
-        plan.main(list(variants.values()) or [config])
+        plan.main(trained)
         return
-    for each in variants.values() or [config]:
+    for each in trained:
         sizes.check(each)
-    named = WORKDIR.value and user_path(WORKDIR.value, "--workdir")
-    workdir = named or Path("runs") / cli.config_file("config").stem
+    workdir = Path("runs") / cli.config_file("config").stem
+    if WORKDIR.value is not None:
+        workdir = user_path(WORKDIR.value, "--workdir")
     with stopping.listen() as stop:
         if variants:
             compare(config, variants, workdir, stop, PROFILE_STEPS.value)

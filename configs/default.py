@@ -15,6 +15,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     # --- Text -> tokens ------------------------------------------------------------------------------------------
     config.data = data = ConfigDict()
     data.source = "python"  # python: the interpreter's standard library | text: files | jsonl: JSON lines | tfds:NAME
+    data.folder = ""  # where relative paths of this section start; train.py fills in the folder that it is started in
     data.train_files = ""  # text and jsonl: paths and globs, comma-separated; plain, .gz or .xz
     data.validation_files = ""  # the same; empty: documents are taken out of train_files
     data.text_field = "text"  # jsonl, tfds: the field that holds the text; "book_text" in tfds:pg19

@@ -174,7 +174,6 @@ def test_several_devices_give_what_one_gives(names):
 SETTINGS = {
     "debug_nans": lambda: jax.debug_nans(True),
     "x64": lambda: jax.enable_x64(True),
-    "matmul_precision": lambda: jax.default_matmul_precision("bfloat16"),
 }
 
 
@@ -201,3 +200,15 @@ def test_settings_change_no_number(name, backend, setting):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", "decode"])
+@pytest.mark.parametrize("name", ["wavelet", "transformer_xl", "t5"])
+def test_products_keep_their_precision(name, backend):
+    """`jax_default_matmul_precision` is for products that state none: all of these do, forward and backward."""
+    function, arguments = gradients(name, backend, "plain")
+    with jax.default_matmul_precision("bfloat16"):
+        lowered = jax.jit(function).lower(*arguments).as_text()
+    products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 4
+    assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []

@@ -38,6 +38,7 @@ def make_config(cache: Path, **keys) -> ConfigDict:
         "text_field": "text",
         "validation_text_field": "",
         "missing_text": "error",
+        "folder": "",
         "document": "file",
         "tfds_dir": "no_data_sets",
         "train_split": "train",

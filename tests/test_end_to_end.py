@@ -340,6 +340,14 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
             "--config.compare.lengths=(64, 1000000)",
             *data_flags,
         ],
+        # The wavelets of smoke.py itself, which is not trained here, could not have such heads.
+        "length 1000001 is longer than the validation text": [
+            smoke,
+            "--config.compare.variants=('rope', 'alibi')",
+            "--config.model.head_dim=6",
+            "--config.compare.lengths=(64, 1000001)",
+            *data_flags,
+        ],
         "unknown variant of configs/paper/table1.py 'wavelet_riker': did you mean 'wavelet_ricker'?": [
             f"--config={ROOT}/configs/paper/table1.py:wavelet_riker"
         ],

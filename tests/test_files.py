@@ -45,7 +45,7 @@ def test_what_is_not_json_is_said_of_every_file(tmp_path, content, small_config)
     assert f"{tmp_path}/config.json is damaged (it is not JSON ({reason}" in said_by(lambda: runs.load_config(tmp_path))
     assert "config.json is damaged" in said_by(lambda: runs.check_config(tmp_path, default.get_config()))
     assert f"{tmp_path}/stamp.json is damaged" in said_by(lambda: paper._stamp(tmp_path))
-    if b"\n" not in content:
+    if content and b"\n" not in content:  # an empty line says nothing, and is passed over
         (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + content + b'\n{"step": 3}\n')
         said = said_by(lambda: runs.read_metrics(tmp_path))
         assert said.startswith(f"{tmp_path}/metrics.jsonl, line 2 is not JSON ({reason}")
@@ -77,7 +77,9 @@ def test_what_is_not_json_is_said_of_every_file(tmp_path, content, small_config)
         ({"position": {"theta": {}}}, "position.theta is an object, not a number"),
         ({"later": {"key": {}}}, "later.key is an object, not a plain value"),
         ({"later": {"key": [[[1]]]}}, "later.key is a list, not a plain value"),
-        ({"later": {"a.b": 1}}, "later.a.b is 1, not a plain value"),
+        ({"later": {"a.b": 1}}, "'a.b' cannot be the name of a section or key"),
+        ({"a.b": {}}, "'a.b' cannot be the name of a section or key"),
+        ({"train": {"__class__": 1}}, "'__class__' cannot be the name of a section or key"),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, tree, said):

@@ -185,7 +185,17 @@ def watches(monkeypatch):
                 watching[number].show()
                 watching[number].look()
 
+    pass_by.watching = watching
     return pass_by, store, said, clock
+
+
+def test_a_process_that_ends_with_an_error_is_named_at_once(watches):
+    pass_by, _, said, _ = watches
+    pass_by(5, [0, 1, 2])
+    pass_by.watching[1].say_ended()
+    pass_by(2, [0, 2])
+    expected = "process 1 of 3 ended with an error: see its output"
+    assert {number: set(lines) for number, lines in said.items()} == {0: {expected}, 1: set(), 2: {expected}}
 
 
 def test_a_process_that_gives_no_sign_of_life_is_named(watches):

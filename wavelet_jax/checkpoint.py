@@ -46,7 +46,7 @@ def check_whole(workdir: Path) -> None:
     kill at any moment, and are refused:
       - `checkpoints` is not a folder;
       - there is no config.json, and there are checkpoints or logged updates;
-      - there are logged updates, and `checkpoints` is missing or empty.
+      - there is a config.json, and `checkpoints` is missing or empty.
     A run that was killed before its first checkpoint is whole: it starts over.
     """
     folder = _folder(workdir)
@@ -57,12 +57,12 @@ def check_whole(workdir: Path) -> None:
     logged = runs.read_metrics(workdir)
     if not (workdir / "config.json").exists():
         if (there - {_NONE_YET}) or logged:
-            what = f"has logged {len(logged)} lines" if logged else "has checkpoints"
-            raise UserError(f"{workdir} {what} and no config.json: bring it back, or use another --workdir")
-    elif logged and not there:
+            what = f"has {len(logged)} logged lines" if logged else "has checkpoints"
+            raise UserError(f"{workdir} {what} but no config.json: bring it back, or use another --workdir")
+    elif not there:
         raise UserError(
-            f"{workdir} has logged {logged[-1]['step']:,} updates, and its checkpoints are gone: bring them back, use "
-            "another --workdir, or remove metrics.jsonl to train from the start"
+            f"the checkpoints of {workdir} are gone: bring them back, use another --workdir, or remove config.json and "
+            "metrics.jsonl to train from the start"
         )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from wavelet_jax import flag_errors, processes, terminal
 from wavelet_jax.errors import UserError, one_line
+from wavelet_jax.files import user_path
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
@@ -41,6 +42,7 @@ def _parse(argv: list[str]) -> list[str]:
     ]
     std_logging.disable(std_logging.WARNING)  # what the libraries have to say is in the error
     try:
+        argv = [_at_home(argument) for argument in argv]
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:
             # A file that cannot be read, or that gives None, is told only when the config is first used.
@@ -59,9 +61,17 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _at_home(argument: str) -> str:
+    """A command line's argument, with the home folder for the ~ of --config=~/FILE.py."""
+    name, equals, value = argument.partition("=")
+    if name.lstrip("-") != "config" or not value.startswith("~"):
+        return argument
+    return name + equals + str(user_path(value, "--config"))
+
+
 def _takes_several(flag: flags.Flag) -> bool:
-    """Whether a flag may be given more than once. Of changes to a config, the last one counts."""
-    return isinstance(flag, flags.MultiFlag) or flag.name.startswith("config.")
+    """Whether a flag may be given more than once. Of switches and of changes to a config, the last one counts."""
+    return isinstance(flag, flags.MultiFlag | flags.BooleanFlag) or flag.name.startswith("config.")
 
 
 def config_file(flag: str) -> Path:

@@ -19,7 +19,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from wavelet_jax import checkpoint, forecast, numeric_keys, processes, results, runs, saved_config, scored_text
-from wavelet_jax.data import Corpus, anchor_paths, check_files, load_corpus
+from wavelet_jax.data import Corpus, check_files, load_corpus
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.files import MissingFile
 from wavelet_jax.model import make_position
@@ -192,7 +192,7 @@ def evaluate(
       stride: of the sliding window, tokens; 0 for half of each length.
       changes: values of keys of `config.eval` instead of the runs' own.
       other_text: values of keys of `config.data` that name another validation text, read by the runs' tokenizer.
-      data_root: the folder that relative paths in the runs' `config.data` start from; None: the current one.
+      data_root: the folder that relative paths in the runs' `config.data` start from; None: the one they remember.
 
     Raises:
       UserError: before anything is computed or written, for what cannot be evaluated.
@@ -263,20 +263,21 @@ def evaluate(
 def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[ConfigDict]:
     """The configs of runs, to be evaluated. Keys that this version does not have are named in a warning.
 
-    Relative paths in `config.data` start from `data_root`, or from the current folder.
+    Relative paths in `config.data` start from `data_root`, or else from the folder in which the run was trained.
 
     Raises:
       UserError: a config is not there or damaged; a file of its text is not there, and what to do about it.
     """
     configs = [runs.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
-        anchor_paths(config, data_root or Path.cwd())
+        if data_root is not None:
+            config.data.folder = str(data_root.absolute())
         try:
             check_files(config)
         except MissingFile as error:
             raise MissingFile(
                 f"{error}; that is what {workdir / 'config.json'} says: for relative paths, --data_root=DIR names the "
-                "folder in which the run was trained; for files that have moved, change config.data there"
+                "folder that they are in now; absolute ones are changed there"
             ) from error
         if unread := saved_config.unread(config):
             logging.warning(
@@ -386,7 +387,8 @@ def check(
 
 def check_settings(config: ConfigDict) -> None:
     """Raises `UserError` for the first key of a run's own that no evaluation could use."""
-    numeric_keys.check(config, "model", "train", "optimizer", "eval")
+    numeric_keys.check(config, "model", "optimizer", "eval")
+    numeric_keys.RANGES["train.length"].check("train.length", config.train.length)
     label = config.compare.label
     if not label.isprintable() or (label and not label.strip()):
         raise UserError(f"compare.label must be printable text on one line, not {label!r}")

@@ -12,15 +12,21 @@ class MissingFile(UserError):
     """A file or folder that a config names is not there."""
 
 
-def user_path(text: str, name: str) -> Path:
+def user_path(text: str, name: str, folder: str = "") -> Path:
     """The path that a user means by `text`: a leading `~` or `~user` is that home folder, as in a shell.
 
-    `name` is that of the flag or key, for errors.
+    Args:
+      text: as the user wrote it.
+      name: of the flag or key, for errors.
+      folder: where a relative path starts; empty: in the current folder.
 
     Raises:
-      UserError: the home folder is not known; `text` is an address such as gs://bucket/run, or holds a zero byte.
+      UserError: `text` is empty, is an address such as gs://bucket/run, or holds a zero byte; the home folder is not
+        known.
     """
     check_local(text)
+    if not text:
+        raise UserError(f"{name} is empty")
     if "\0" in text:
         raise UserError(f"{name} is {text!r}, and no path can have a zero byte")
     expanded = os.path.expanduser(text)
@@ -31,7 +37,7 @@ def user_path(text: str, name: str) -> Path:
             f"{name} is {text!r}, and the home folder that ~ stands for is not known: write the whole path, set HOME, "
             f"or write ./{text} for a file or folder of that name"
         )
-    return Path(expanded)
+    return Path(folder) / expanded
 
 
 def parse_json(text: str | bytes, place: str) -> Any:

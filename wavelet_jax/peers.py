@@ -14,6 +14,7 @@ from typing import Protocol
 
 _BEAT = 2.0  # seconds between signs of life
 _ALIVE = "wavelet_jax/alive"
+_ENDED = "ended"  # the last sign of a process that ends with an error
 _RETRY = 0.2  # seconds between tries to reach process 0, which may start later
 
 
@@ -69,9 +70,23 @@ class Watch:
                     self._heard[number] = self._answered
             self._signs = signs
 
+    def say_ended(self) -> None:
+        """Tells the others that this process ends with an error, so that they need not wait for its signs of life."""
+        self.close()
+        key = f"{_ALIVE}/{self._number}"
+        say = threading.Thread(target=self._store.key_value_set, args=(key, _ENDED, True), name="peers", daemon=True)
+        say.start()
+        say.join(self._beat_every)  # the store may be gone
+        if self._number == 0:  # and the store with it: the others read it at their next sign of life
+            time.sleep(2 * self._beat_every)
+
     def look(self) -> None:
-        """Leaves where a process has given no sign of life for too long."""
+        """Leaves where a process has ended with an error, or has given no sign of life for too long."""
         now = time.monotonic()
+        if ended := [number for number in self._others if self._signs.get(number) == _ENDED]:
+            self.close()
+            self._leave(f"process {ended[0]} of {len(self._others) + 1} ended with an error: see its output")
+            return
         if now - self._looked > self._patience / 2:  # this process was frozen itself, perhaps with all the others
             self._forgive()
         self._looked = now

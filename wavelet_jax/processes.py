@@ -67,7 +67,8 @@ def start(
 
     Of the GPUs that it sees a process takes all, or, where others see them too, the one of its number on the node.
 
-    A process that does not come, or that is gone later, ends this one with one line and code 2: see `peers`.
+    A process that does not come, or that is gone later, ends this one with one line and code 2: see `peers`. Where JAX
+    finds the processes in the environment, a process 0 that is killed still ends the others by JAX's own C++ error.
 
     Args:
       coordinator, num_processes, process_id: HOST:PORT of process 0, how many there are and which this is; or all None.
@@ -143,7 +144,7 @@ def _watch_others(patience: float) -> None:
 def _give_up(why: str) -> NoReturn:
     _leave_at_last(2)
     print(f"\nerror: {why}", file=sys.stderr)
-    end(2)
+    _exit(2)
 
 
 def is_first() -> bool:
@@ -181,8 +182,14 @@ def end(code: int) -> NoReturn:
     """Leaves at once with an exit code, after an error.
 
     An ordinary end would wait: for threads of a save that failed, which wait for it for ever, and for other processes,
-    which wait for this one. Those are told by the coordinator that it is gone.
+    which wait for this one. Those are told.
     """
+    if _watch is not None:
+        _watch.say_ended()
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

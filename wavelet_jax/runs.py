@@ -29,7 +29,7 @@ _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the d
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
 FREE_KEYS += ("model.remat", "model.attention_backend", "train.logits_chunk", "train.accumulation")
 FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
-FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text")
+FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text", "data.folder")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -236,7 +236,8 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """
     path = workdir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_metrics_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_metrics_of(line, f"{path}, line {number}") for number, line in numbered]
 
 
 def _metrics_of(line: bytes, place: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ configs/default.py says what the keys mean. Files of earlier versions lack some 
 read, and the values that are there must be of their types.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "data": {
         **dict.fromkeys(("source", "train_files", "validation_files", "text_field", "validation_text_field"), str),
         **dict.fromkeys(("document", "tfds_dir", "train_split", "validation_split", "tokenizer", "packing"), str),
-        **dict.fromkeys(("tokenizer_file", "cache_dir", "missing_text"), str),
+        **dict.fromkeys(("tokenizer_file", "cache_dir", "missing_text", "folder"), str),
     },
     "model": {
         **dict.fromkeys(("norm", "activation", "vocabulary", "initializer", "dtype", "remat"), str),
@@ -44,7 +45,7 @@ for _key in numeric_keys.EACH:
     TYPES.setdefault(_section, {})[_name] = tuple[int, ...]
 
 # Keys that runs of earlier versions did not have, with the value by which those versions did what they did.
-_LATER = {"data.missing_text": "error"}
+_LATER = {"data.missing_text": "error", "data.folder": ""}
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", _NUMBERS: "a list of numbers"}
 _NAMES |= {tuple[int, ...]: "a list of whole numbers", tuple[str, ...]: "a list of texts"}
@@ -82,9 +83,11 @@ def of_tree(tree: Any, path: Path) -> SavedConfig:
         raise UserError(f"it holds {_described(tree)}, not sections of keys")
     config = SavedConfig().of(path)
     for section, values in tree.items():
+        _check_name(section)
         if not isinstance(values, dict):
             raise UserError(f"section {section!r} is {_described(values)}, not keys and values")
         for key, value in values.items():
+            _check_name(key)
             _check_value(section, key, value)
         later = {key.partition(".")[2]: value for key, value in _LATER.items() if key.startswith(f"{section}.")}
         made = later | {key: _tuples(value) for key, value in values.items()}
@@ -97,10 +100,15 @@ def unread(config: ConfigDict) -> list[str]:
     return [f"{section}.{key}" for section in config for key in config[section] if key not in TYPES.get(section, {})]
 
 
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z]\w*", name):
+        raise UserError(f"{name!r} cannot be the name of a section or key")
+
+
 def _check_value(section: str, key: str, value: Any) -> None:
     kind = TYPES.get(section, {}).get(key)
     fits = _is_plain(value) if kind is None else _fits(value, kind)
-    if "." in key or not fits:
+    if not fits:
         wanted = _NAMES.get(kind, "a plain value or a list of them")
         raise UserError(f"{section}.{key} is {_described(value)}, not {wanted}")
 

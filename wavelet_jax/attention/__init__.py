@@ -10,6 +10,7 @@ from wavelet_jax import memory
 from wavelet_jax.attention import common, cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
 from wavelet_jax.attention.arguments import (
     arrays_of,
+    check_causal,
     check_terms,
     dropout_of,
     hide,
@@ -120,6 +121,7 @@ def attention(
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
     check_terms(terms, query_BxTxHxD.shape)
     dropout_rate = dropout_of(dropout_rate, dropout_key)
+    check_causal(causal)
     window, far_tolerance = window_of(window), tolerance_of(far_tolerance)
     query_positions, query_start, key_positions, key_start = positions_of(
         query_positions, key_positions, batch, num_queries, num_keys

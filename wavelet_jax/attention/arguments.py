@@ -80,7 +80,16 @@ def dropout_of(rate: float, key: jax.Array | None) -> float:
 
 
 def _is_key(key: jax.Array) -> bool:
-    return key.shape == () if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.dtype == jnp.uint32
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == jnp.uint32 and key.ndim == 1
+
+
+def check_causal(causal: bool) -> None:
+    """Raises `UserError` where `causal` is not a bool that is known while tracing."""
+    if not isinstance(causal, bool | np.bool_):
+        traced = "a traced " if isinstance(causal, jax.core.Tracer) else ""
+        raise UserError(f"attention's causal must be True or False, not {traced}{shown(causal)}")
 
 
 def window_of(window: int | None) -> int | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from wavelet_jax import atomic
+from wavelet_jax import atomic, processes
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
 from wavelet_jax.data.notes import Notes
 from wavelet_jax.errors import UserError
@@ -70,7 +70,7 @@ def load_corpus(config) -> Corpus:
     tokenizer = tokenizers.specification(config)
     if not config.data.cache_dir:
         raise UserError("config.data.cache_dir is empty: name a folder for the tokenised text")
-    cache = user_path(config.data.cache_dir, "config.data.cache_dir").absolute()
+    cache = user_path(config.data.cache_dir, "config.data.cache_dir", config.data.folder).absolute()
     with file_digests.kept(cache) as sha256:
         return _load(config, cache, tokenizer, sha256)
 
@@ -318,7 +318,8 @@ def _open(config, folder: Path, sha256: Callable[[str | Path], str]) -> Corpus |
         streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))
         ends = (np.memmap(folder / f"{split}.ends", "<i8", "r") for split in ("train", "validation"))
         for note in meta.get("notes", []):  # corpora of earlier versions have none
-            _warn_once(note)
+            if processes.is_first():
+                _warn_once(note)
         return Corpus(*streams, tokenizer, tokenizer.unit, meta["fingerprint"], *ends)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.warning("the token cache %s is damaged (%s): it is built again", folder, error)

@@ -1,24 +1,48 @@
-"""What of a text could not be taken as it stands: counted while it is read, and told when all of it was."""
+"""What of a text could not be taken as it stands: counted while it is read, and reported when all of it was."""
+
+import dataclasses
 
 REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8 are read as
 
 
+@dataclasses.dataclass
+class _Count:
+    count: int
+    first: str  # where the first is, in the first file
+    file: str
+    files: set[str]
+
+
 class Notes:
-    """Counts of what was replaced or left out, by kind and file."""
+    """Counts of what was replaced or left out, by kind."""
 
     def __init__(self):
-        self._found = {}  # {(what it is, with {count} and {first}): [count, where the first is]}
+        self._found: dict[str, _Count] = {}
 
-    def add(self, what: str, place: str, count: int = 1) -> None:
-        """Counts `count` more of `what`, a sentence with "{count}" and "{first}" in it; the first is at `place`."""
-        self._found.setdefault(what, [0, place])[0] += count
+    def add(self, what: str, file: str, place: str, count: int = 1) -> None:
+        """Counts `count` more of a kind.
+
+        Args:
+          what: the kind, a sentence with "{file}", "{count}" and "{first}" in it.
+          file: where it was found.
+          place: where the first of it is in the file.
+        """
+        found = self._found.setdefault(what, _Count(0, place, file, set()))
+        found.count += count
+        found.files.add(file)
 
     def lines(self) -> list[str]:
-        """A sentence for each kind and file."""
+        """A sentence for each kind, which names the first file, however many there are."""
         return [
-            what.replace("{count}", f"{count:,}").replace("{first}", first)
-            for what, (count, first) in self._found.items()
+            what.replace("{count}", f"{found.count:,}")
+            .replace("{first}", found.first)
+            .replace("{file}", found.file + _others(len(found.files) - 1))
+            for what, found in self._found.items()
         ]
+
+
+def _others(files: int) -> str:
+    return f" and {files:,} more file{'s' * (files > 1)}" if files else ""
 
 
 def count_replaced(text: bytes) -> int:

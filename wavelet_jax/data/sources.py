@@ -12,7 +12,6 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -52,28 +51,6 @@ def check(config) -> None:
         )
 
 
-def anchor_paths(config, folder: Path) -> None:
-    """Makes the relative paths of `config.data` absolute, as they are seen from `folder`; those with ~ stay.
-
-    A run that remembers them so can be evaluated from any folder. A folder with a comma in its name cannot stand in
-    `train_files` or `validation_files`, where commas are between paths: there they stay relative. Keys that a run of an
-    earlier version does not have are left out.
-    """
-
-    def anchored(path: str) -> str:
-        return path if path.startswith("~") or "://" in path else str(folder.absolute() / path)
-
-    def there(*keys: str) -> list[str]:
-        return [key for key in config.data if key in keys and config.data[key]]
-
-    if "," not in str(folder.absolute()):
-        for key in there("train_files", "validation_files"):
-            parts = filter(None, (part.strip() for part in config.data[key].split(",")))
-            config.data[key] = ",".join(map(anchored, parts))
-    for key in there("tokenizer_file", "cache_dir", "tfds_dir"):
-        config.data[key] = anchored(config.data[key])
-
-
 def is_tfds(config) -> bool:
     """Whether the text is a TFDS data set, which comes in splits."""
     return config.data.source.startswith(tfds_sets.PREFIX)
@@ -97,13 +74,13 @@ def find_files(config) -> dict[str, list[str]]:
                 "config.data.train_files and config.data.validation_files empty"
             )
         return {"train": python_files(sysconfig.get_path("stdlib")), "validation": []}
-    train = _expand(config.data.train_files, "config.data.train_files")
+    train = _expand(config, "train_files")
     if not train:
         raise UserError(
             f"config.data.source is {config.data.source!r} and config.data.train_files is empty: "
             "name files there, comma-separated paths or globs"
         )
-    return {"train": train, "validation": _expand(config.data.validation_files, "config.data.validation_files")}
+    return {"train": train, "validation": _expand(config, "validation_files")}
 
 
 def python_files(stdlib: str) -> list[str]:
@@ -131,17 +108,19 @@ def _is_library(module: str) -> bool:
     return module in sys.stdlib_module_names and module not in _LEFT_OUT
 
 
-def _expand(patterns: str, key: str) -> list[str]:
-    """The files that comma-separated paths or globs match, sorted; `key` is named in errors."""
+def _expand(config, name: str) -> list[str]:
+    """The files that the comma-separated paths or globs of `config.data[name]` match, sorted."""
+    patterns, key = config.data[name], f"config.data.{name}"
     files = set()
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        path = os.path.abspath(user_path(pattern, key))
+        path = os.path.abspath(user_path(pattern, key, config.data.folder))
         # A file may have glob characters in its name.
         found = [path] if os.path.isfile(path) else filter(os.path.isfile, glob.glob(path, recursive=True))
         found = set(found)
         if not found:
             folder = f" (it is a folder: did you mean '{pattern.rstrip('/')}/*'?)" if os.path.isdir(path) else ""
-            raise MissingFile(f"{key}: {pattern!r} matches no file{folder}")
+            where = f" in {config.data.folder}" if config.data.folder and not os.path.isabs(pattern) else ""
+            raise MissingFile(f"{key}: {pattern!r} matches no file{where}{folder}")
         files |= found
     return sorted(files)
 
@@ -190,14 +169,14 @@ def _note_replaced(file: str, notes: Notes) -> None:
     Every line is decoded on its own, with the same result: no character of UTF-8 goes over a line end.
     """
     what = (
-        f"{file} is not UTF-8 throughout: U+FFFD stands for bytes that are not, {{count}} times, first in line "
+        "{file} is not UTF-8 throughout: U+FFFD stands for bytes that are not, {count} times, first in line "
         "{first}; if it is in another encoding, convert it, for example with iconv"
     )
     with _readable(file), open(file, "rb") as raw:
         compression = _compression(file)
         for number, line in enumerate(_COMPRESSED[compression](raw, "rb") if compression else raw, start=1):
             if count := count_replaced(line):
-                notes.add(what, str(number), count)
+                notes.add(what, file, str(number), count)
 
 
 def _compression(file: str) -> str:
@@ -235,8 +214,9 @@ def _split(config, split: str, file: str, text: io.TextIOWrapper, notes: Notes) 
             record = _json_record(line, field, key, f"{file} line {number}")
             if config.data.missing_text == "skip" and record.get(field) is None:
                 notes.add(
-                    f"{file}: {{count}} records without a text in field {field!r} were skipped, the first in line "
+                    f"{{file}}: {{count}} records without a text in field {field!r} were skipped, the first in line "
                     "{first} (config.data.missing_text is 'skip')",
+                    file,
                     str(number),
                 )
                 continue
@@ -244,7 +224,8 @@ def _split(config, split: str, file: str, text: io.TextIOWrapper, notes: Notes) 
             # JSON can escape half of a surrogate pair, which UTF-8 cannot hold.
             if halves := len(re.findall("[\ud800-\udfff]", document)):
                 notes.add(
-                    f"{file}: {{count}} halves of surrogate pairs are read as '?', the first in line {{first}}",
+                    "{file}: {count} halves of surrogate pairs are read as '?', the first in line {first}",
+                    file,
                     str(number),
                     halves,
                 )

@@ -87,8 +87,9 @@ def documents(config, split: str, label: str, notes: Notes) -> Iterator[str]:
         for number, (text, replaced) in enumerate(bar):
             if replaced:
                 notes.add(
-                    f"{config.data.source}, split {wanted!r}, is not UTF-8 throughout: U+FFFD stands for bytes that "
-                    "are not, {count} times, first in example {first}",
+                    "{file} is not UTF-8 throughout: U+FFFD stands for bytes that are not, {count} times, first in "
+                    "example {first}",
+                    f"{config.data.source}, split {wanted!r},",
                     str(number),
                     replaced,
                 )
@@ -154,7 +155,7 @@ def _folder(config) -> Path:
 
 
 def _root(config) -> Path:
-    return user_path(config.data.tfds_dir, "config.data.tfds_dir").absolute()
+    return user_path(config.data.tfds_dir, "config.data.tfds_dir", config.data.folder).absolute()
 
 
 def _versions(base: Path, between: str = "") -> list[Path]:

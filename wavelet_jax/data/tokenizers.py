@@ -250,7 +250,7 @@ class SentencePiece:
                 "config.data.tokenizer is 'sentencepiece' and config.data.tokenizer_file is empty: name a model's file "
                 "there, such as Llama's tokenizer.model"
             )
-        path = user_path(config.data.tokenizer_file, "config.data.tokenizer_file")
+        path = user_path(config.data.tokenizer_file, "config.data.tokenizer_file", config.data.folder)
         try:
             with open(path, "rb") as file:
                 return cls(file.read(), f"config.data.tokenizer_file {path}")
@@ -303,7 +303,7 @@ def specification(config) -> list:
                     f"config.data.vocab_size is {size}: bpe needs a size to train, 257 (all bytes and the end of a "
                     f"document) to {_MAX_BPE:,}, such as 4096"
                 )
-            return [name, size, tokenizers.__version__]  # another version may learn other merges
+            return [name, size, tokenizers.__version__, BPE._WORD]  # another version may learn other merges
         case "sentencepiece":
             model = SentencePiece.of(config)
             if size not in (0, model.vocab_size):
