@@ -8,14 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotate
-from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotate
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
@@ -23,6 +15,20 @@ from wavelet_jax.positions import METHODS, alibi, make, options, rope, t5
 from wavelet_jax.positions.absolute import check_positions
 from wavelet_jax.positions.terms import Terms
 from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
+
+try:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotate
+    from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotate
+    from transformers.models.t5.modeling_t5 import T5Attention
+except ImportError:  # where torch has no CPU build for this Python, and is left out
+    torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="torch and transformers are not installed")
 
 FURTHEST = 2**31 - 1
 # sin and cos of an angle within 6e-7 radians (test_wavelets.py: test_angle_is_exact), with a few roundings of 2^-24.
@@ -225,6 +231,7 @@ def test_discrete_wavelet_defaults():
 # --- RoPE ------------------------------------------------------------------------------------------------------
 
 
+@needs_torch
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 def test_rope_half_split_is_hugging_face_llama(theta):
     batch, length, heads, dim = 2, 48, 4, 32
@@ -244,6 +251,7 @@ def test_rope_half_split_is_hugging_face_llama(theta):
         np.testing.assert_allclose(rotate(x, places), their.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
 
 
+@needs_torch
 def test_rope_interleaved_is_hugging_face_gpt_j():
     batch, length, heads, dim = 2, 48, 4, 32
     x = normal(0, batch, length, heads, dim)
@@ -253,6 +261,7 @@ def test_rope_interleaved_is_hugging_face_gpt_j():
     np.testing.assert_allclose(rotate(x, np.arange(length)), theirs.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
 
 
+@needs_torch
 @pytest.mark.parametrize("layout", rope.LAYOUTS)
 def test_rope_at_any_position(layout):
     """Against transformers' functions with cosines in float64: as right at 2^31 - 1 as at 0."""
@@ -303,6 +312,7 @@ def test_rope_refuses_an_unknown_layout_in_the_bare_function_too():
 # --- ALiBi -----------------------------------------------------------------------------------------------------
 
 
+@needs_torch
 @pytest.mark.parametrize("num_heads", range(1, 21))
 def test_alibi_slopes_are_hugging_face_bloom(num_heads):
     # Position 1 of a row of two: the slope itself.
@@ -326,6 +336,7 @@ T5_SHAPES = [(32, 128), (32, 512), (32, 2048), (8, 20), (8, 16), (4, 8), (16, 10
 T5_SHAPES += [(320, 800), (64, 65)]
 
 
+@needs_torch
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), T5_SHAPES)
 def test_t5_buckets_are_hugging_face_t5(num_buckets, max_distance, bidirectional):
