@@ -189,11 +189,13 @@ def watches(monkeypatch):
     return pass_by, store, said, clock
 
 
-def test_a_process_that_ends_with_an_error_is_named_at_once(watches):
+def test_a_process_that_ends_with_an_error_is_named_soon(watches):
     pass_by, _, said, _ = watches
     pass_by(5, [0, 1, 2])
     pass_by.watching[1].say_ended()
-    pass_by(2, [0, 2])
+    pass_by(5, [0, 2])
+    assert said == {0: [], 1: [], 2: []}  # an error of their own would be told first
+    pass_by(5, [0, 2])
     expected = "process 1 of 3 ended with an error: see its output"
     assert {number: set(lines) for number, lines in said.items()} == {0: {expected}, 1: set(), 2: {expected}}
 

@@ -15,6 +15,7 @@ from typing import Protocol
 _BEAT = 2.0  # seconds between signs of life
 _ALIVE = "wavelet_jax/alive"
 _ENDED = "ended"  # the last sign of a process that ends with an error
+_GRACE = 3  # signs of life that a process lets pass before it ends for that reason
 _RETRY = 0.2  # seconds between tries to reach process 0, which may start later
 
 
@@ -45,6 +46,7 @@ class Watch:
         self._others = [each for each in range(count) if each != number]
         self._closed = threading.Event()
         self._beats, self._signs = 0, {}
+        self._ended: float | None = None  # since when one of the others is known to have ended
         self._forgive()
 
     def start(self) -> None:
@@ -84,8 +86,10 @@ class Watch:
         """Leaves where a process has ended with an error, or has given no sign of life for too long."""
         now = time.monotonic()
         if ended := [number for number in self._others if self._signs.get(number) == _ENDED]:
-            self.close()
-            self._leave(f"process {ended[0]} of {len(self._others) + 1} ended with an error: see its output")
+            self._ended = self._ended or now
+            if now - self._ended > _GRACE * self._beat_every:  # an error that all have is told by each of them
+                self.close()
+                self._leave(f"process {ended[0]} of {len(self._others) + 1} ended with an error: see its output")
             return
         if now - self._looked > self._patience / 2:  # this process was frozen itself, perhaps with all the others
             self._forgive()
