@@ -368,6 +368,7 @@ def test_two_processes_are_one_run(text_files, tmp_path):
     np.testing.assert_allclose(tables[1], tables[0], rtol=1e-5)
 
     arguments = (f"--workdir={tmp_path}/two", "--lengths=64", f"--out={tmp_path}/none")
-    for said in together(2, 1, "eval.py", *arguments, last=("--lengths=64,256",), code=2):
-        assert "run differ: lengths ([64] in process 0, [64, 256] in process 1); start all with the same" in said
+    for said in together(2, 1, "eval.py", *arguments, last=("--protocol=non_overlapping",), code=2):
+        differ = "run differ: protocol (full_length in process 0, non_overlapping in process 1)"
+        assert f"{differ}; start all with the same" in said
     assert not (tmp_path / "none").exists()
