@@ -157,10 +157,9 @@ def compare(
     """Trains every variant in turn, each in a folder of its name, then evaluates them together."""
     configs, workdirs = list(variants.values()), [workdir / name for name in variants]
     lengths, protocol = config.compare.lengths, config.compare.protocol
-    evaluation.check(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
         check(directory, each)
-    evaluation.check_memory(configs, workdirs, lengths=lengths, protocol=protocol)
+    evaluation.check_memory(configs, workdirs, lengths=lengths, protocol=protocol)  # rather now than after the training
     for each, directory in zip(configs, workdirs, strict=True):
         train(each, directory, stop, profile_steps)
     evaluation.evaluate(workdirs, lengths=lengths, protocol=protocol, out=workdir)

@@ -76,7 +76,9 @@ def test_traces_where_nothing_is_promoted(name, backend, how):
     for dtype in ("float32", "bfloat16"):
         function, arguments = gradients(name, backend, how, dtype)
         with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-            jax.eval_shape(function, *arguments)
+            found = jax.eval_shape(function, *arguments)
+        described = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (found, tuple(arguments[:4]))]
+        assert described[0] == described[1]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,7 +95,8 @@ def test_terms_trace_where_nothing_is_promoted(name):
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         params = jax.eval_shape(method.init, jax.random.key(0))
-        jax.eval_shape(everything, params, positions, batches)
+        found = jax.eval_shape(everything, params, positions, batches)
+    assert {x.dtype for x in found} <= {jnp.dtype("float32")}
 
 
 def sharded_gradients(mesh: AbstractMesh, name: str, backend: str, how: str, sharded: str):

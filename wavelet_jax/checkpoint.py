@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from wavelet_jax import atomic, checksums, processes, runs
+from wavelet_jax import atomic, checksums, peers, processes, runs
 from wavelet_jax.errors import UserError
 from wavelet_jax.sharding import path_of
 from wavelet_jax.training import State
@@ -291,17 +290,10 @@ def _settle(manager: ocp.CheckpointManager) -> str | None:
         return _failed(manager, step, error)
 
 
-@contextlib.contextmanager
-def _told_if_long(step: int | None) -> Iterator[None]:
+def _told_if_long(step: int | None) -> contextlib.AbstractContextManager[None]:
     """Warns when what is inside, which waits for the save of this update, takes `_PATIENCE`: the whole run waits."""
     message = "the run has waited for the checkpoint of update %s for %g s: a slow disk, or a process that failed"
-    timer = threading.Timer(_PATIENCE, logging.warning, (message, step, _PATIENCE))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return peers.in_time(_PATIENCE, functools.partial(logging.warning, message, step, _PATIENCE))
 
 
 def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:

@@ -155,9 +155,9 @@ async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 
 @contextlib.contextmanager
-def in_time(seconds: float, leave: Callable[[], None]) -> Iterator[None]:
-    """Calls `leave`, from a thread of its own, when what is inside takes longer."""
-    timer = threading.Timer(seconds, leave)
+def in_time(seconds: float, late: Callable[[], None]) -> Iterator[None]:
+    """Calls `late`, from a thread of its own, when what is inside takes longer."""
+    timer = threading.Timer(seconds, late)
     timer.daemon = True
     timer.start()
     try:

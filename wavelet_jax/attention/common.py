@@ -1,4 +1,4 @@
-"""What every backend needs: arrays of one type wherever the caller runs, and sums and products of stated types."""
+"""Helpers of all backends: arrays of one type wherever the caller runs, and sums and products of stated types."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 class Added(NamedTuple):
-    """What a position method adds to attention, as arrays: its functions of the distance, evaluated. None: nothing."""
+    """The additions of a position method to attention, as arrays: its functions at known distances. None: nothing."""
 
     relative_keys: jax.Array | None  # [..distances.., D] or [H, ..distances.., D]
     relative_values: jax.Array | None  # the same
