@@ -164,7 +164,9 @@ def test_kernels_ask_for_an_unchecked_shard_map():
 @pytest.mark.parametrize("names", [SOME, pytest.param(OTHERS, marks=slow)], ids=["some", "others"])
 def test_several_devices_give_what_one_gives(names):
     """Gradients over four devices, by `shard_map` and on Explicit meshes, and a train step under `set_mesh`."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    devices = "--xla_force_host_platform_device_count=4"
+    # An installed package leaves `configs` behind, and a program started by its path sees its own folder only.
+    environment = {**os.environ, "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "caller_cases.py"), *names]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
