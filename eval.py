@@ -13,13 +13,14 @@ Before it starts it says what memory and time it will take, and refuses what doe
 
 from absl import flags
 
-from wavelet_jax import cli, evaluation
+from wavelet_jax.commands import cli
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import user_path
+from wavelet_jax.evaluation import evaluate, protocols
+from wavelet_jax.files.reading import user_path
 
 WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once for every run to compare")
 LENGTHS = flags.DEFINE_list("lengths", [], "lengths to evaluate at, tokens: 128,256,...")
-PROTOCOL = flags.DEFINE_string("protocol", "full_length", " | ".join(evaluation.PROTOCOLS))
+PROTOCOL = flags.DEFINE_string("protocol", "full_length", " | ".join(protocols.PROTOCOLS))
 STRIDE = flags.DEFINE_integer("stride", 0, "of sliding_window, tokens; 0 for half of each length")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "instead of the runs' eval.max_tokens")
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "instead of the runs' eval.batch_tokens")
@@ -42,7 +43,7 @@ def main() -> None:
         lengths = [int(length) for length in LENGTHS.value]
     except ValueError as error:
         raise UserError(f"--lengths takes whole numbers, not {','.join(LENGTHS.value)}") from error
-    evaluation.evaluate(
+    evaluate.evaluate(
         [user_path(workdir, "--workdir") for workdir in WORKDIRS.value],
         lengths=lengths,
         protocol=PROTOCOL.value,

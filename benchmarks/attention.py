@@ -9,7 +9,7 @@ process, every one once a round (benchmarks/measure.py): ratios are medians over
 and of bytes/s are those of plain attention's arithmetic, and of reading and writing each array once, in what a large
 matrix product and a large copy reach on the same device. Peak memory is that of a process for each case: the four
 arrays, and what running it adds. The command keeps freed memory from the operating system for all sides
-(wavelet_jax/cli.py): fresh pages cost more than small differences.
+(wavelet_jax/commands/cli.py): fresh pages cost more than small differences.
 """
 
 import ctypes
@@ -28,10 +28,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch has t
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import baselines, measure
-from wavelet_jax import cli, devices, memory, positions, runs
+from wavelet_jax import positions
 from wavelet_jax.attention import BACKENDS, attention
+from wavelet_jax.commands import cli
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.files import user_path
+from wavelet_jax.files.reading import user_path
+from wavelet_jax.hardware import devices, memory
+from wavelet_jax.runs import directory
 
 PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -277,12 +280,12 @@ def draw(results: dict, path: Path) -> None:
 
 
 def _check(out: Path) -> None:
-    runs.check_folder(out.parent)
+    directory.check_folder(out.parent)
     try:
         lengths = [int(length) for length in LENGTHS.value]
     except ValueError:
         raise UserError(f"--lengths takes whole numbers, not {','.join(LENGTHS.value)}") from None
-    runs.check_least(
+    directory.check_least(
         {
             "shortest of --lengths": (min(lengths, default=0), 1),
             "--heads": (HEADS.value, 1),

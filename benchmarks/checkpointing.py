@@ -23,9 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ and configs/ a
 
 from benchmarks import measure
 from configs import quickstart
-from wavelet_jax import checkpoint, checksums, cli, runs, sharding, training
+from wavelet_jax.commands import cli
 from wavelet_jax.data.tokenizers import Byte
-from wavelet_jax.files import user_path
+from wavelet_jax.files.reading import user_path
+from wavelet_jax.parallel import sharding
+from wavelet_jax.runs import checkpoint, checksums, directory
+from wavelet_jax.training import steps
 
 EVERY = flags.DEFINE_integer("every", 50, "updates between two checkpoints")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of every case")
@@ -38,12 +41,12 @@ WITHOUT, BACKGROUND, WAITED = "without", "in the background", "waited for"
 
 
 def main() -> None:
-    runs.check_least({"--every": (EVERY.value, 1), "--rounds": (ROUNDS.value, 1)})
+    directory.check_least({"--every": (EVERY.value, 1), "--rounds": (ROUNDS.value, 1)})
     environment = measure.environment()  # first, so that its load average is that of others
     config = quickstart.get_config("wavelet")
     mesh = sharding.make_mesh(config)
-    graphdef, state, _ = training.init(config, Byte.vocab_size, mesh)
-    train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
+    graphdef, state, _ = steps.init(config, Byte.vocab_size, mesh)
+    train_step = jax.jit(steps.make_train_step(config, graphdef), donate_argnums=0)
     shape = (1, config.train.batch_size, config.train.length + 1)
     tokens = np.random.default_rng(0).integers(Byte.vocab_size, size=shape).astype(np.int32)
     tokens = jax.device_put(tokens, sharding.batch_sharding(mesh, leading=1))
@@ -57,7 +60,7 @@ def main() -> None:
             nonlocal state
             step = int(state.step)
             if name != WITHOUT:
-                checkpoint.save(manager, state, windows=0, fingerprint="")
+                checkpoint.save(manager, int(state.step), state, windows=0, fingerprint="")
             if name == WAITED:
                 checkpoint.wait(manager, step)
             for _ in range(EVERY.value):
@@ -76,7 +79,7 @@ def main() -> None:
     results = {
         "environment": environment,
         "every": EVERY.value,
-        "parameters": training.count_parameters(state.params),
+        "parameters": steps.count_parameters(state.params),
         "checkpoint_bytes": size,
         "seconds": times,
         "ratios": ratios,

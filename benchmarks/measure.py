@@ -22,8 +22,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from wavelet_jax import atomic, runs
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import atomic
+from wavelet_jax.runs import directory
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "x-transformers")  # whose versions are kept, where installed
 QUARTILES = (0.25, 0.5, 0.75)
@@ -42,7 +43,7 @@ def in_turn(cases: Mapping[str, Callable[[], None]], rounds: int, warmups: int =
     """
     if not cases:
         raise UserError("there is no case to measure")
-    runs.check_least({"rounds": (rounds, 1), "warmups": (warmups, 0)})
+    directory.check_least({"rounds": (rounds, 1), "warmups": (warmups, 0)})
     names = list(cases)
     times = {name: np.empty(rounds) for name in names}
     with _progress("warm-up", warmups * len(names)) as progress:
@@ -103,13 +104,13 @@ def threads() -> int:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes JSON, whole or not at all; arrays become lists. Raises `UserError` where the folder cannot be made."""
-    runs.check_folder(path.parent)
+    directory.check_folder(path.parent)
     with atomic.replaced(path) as partial:
         partial.write_text(json.dumps(results, indent=1, default=_plain, allow_nan=False) + "\n")
 
 
 def _progress(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"{what:>8}", mininterval=runs.PROGRESS_INTERVAL, leave=False)
+    return tqdm(total=total, desc=f"{what:>8}", mininterval=directory.PROGRESS_INTERVAL, leave=False)
 
 
 def _plain(value: Any) -> Any:

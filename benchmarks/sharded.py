@@ -20,10 +20,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import measure, ring
-from wavelet_jax import cli, positions, runs
+from wavelet_jax import positions
 from wavelet_jax.attention import attention, sharded
+from wavelet_jax.commands import cli
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import user_path
+from wavelet_jax.files.reading import user_path
+from wavelet_jax.runs import directory
 
 DEVICES = flags.DEFINE_integer("devices", 4, "along the length; virtual ones on a CPU")
 LENGTH = flags.DEFINE_integer("length", 4096, "tokens, a multiple of twice that")
@@ -38,7 +40,7 @@ AXIS = "context"
 
 
 def main() -> None:
-    runs.check_least({"--devices": (DEVICES.value, 1), "--rounds": (ROUNDS.value, 1)})
+    directory.check_least({"--devices": (DEVICES.value, 1), "--rounds": (ROUNDS.value, 1)})
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     if jax.device_count() < DEVICES.value:
         raise UserError(f"--devices={DEVICES.value}: there are {jax.device_count()}")

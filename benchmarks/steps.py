@@ -16,7 +16,9 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from benchmarks import measure
-from wavelet_jax import model, sharding, training
+from wavelet_jax.model import decoder
+from wavelet_jax.parallel import sharding
+from wavelet_jax.training import steps
 
 # Position methods that x-transformers has in the same form, and its names for them.
 X_TRANSFORMERS_METHODS = {
@@ -43,9 +45,9 @@ def ours(config: ConfigDict, vocab_size: int, tokens_BxL1: np.ndarray, *, attend
     device = jax.devices()[:1]
     types = (AxisType.Auto,) * len(sharding.AXES)
     mesh = jax.make_mesh((1,) * len(types), sharding.AXES, axis_types=types, devices=device)
-    graphdef, state, _ = training.init(config, vocab_size, mesh)
-    parameters = training.count_parameters(state.params)
-    train_step = jax.jit(training.make_train_step(config, graphdef), donate_argnums=0)
+    graphdef, state, _ = steps.init(config, vocab_size, mesh)
+    parameters = steps.count_parameters(state.params)
+    train_step = jax.jit(steps.make_train_step(config, graphdef), donate_argnums=0)
     tokens_1xBxL1 = jax.device_put(tokens_BxL1[None].astype(np.int32), sharding.batch_sharding(mesh, leading=1))
     metrics = {}
 
@@ -71,7 +73,7 @@ def without_attention() -> Iterator[None]:
         group = query_BxTxHxD.shape[2] // key_BxTxKxD.shape[2]
         return query_BxTxHxD + jax.numpy.repeat(key_BxTxKxD + value_BxTxKxD, group, axis=2)
 
-    with mock.patch.object(model, "attention", add):
+    with mock.patch.object(decoder, "attention", add):
         yield
 
 

@@ -5,7 +5,7 @@
 
 A step is forward, backward, clipping and AdamW, in float32, on tokens that lie on the device already. All cases take
 turns in one process, every one once a round (benchmarks/measure.py); quoted are medians over rounds [quartiles]. The
-command keeps freed memory from the operating system for both sides (wavelet_jax/cli.py).
+command keeps freed memory from the operating system for both sides (wavelet_jax/commands/cli.py).
 
 Shares are by ablation, in the same turns, since a fused program has no line between attention and the rest:
 
@@ -30,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ and configs/ a
 
 from benchmarks import measure, steps
 from configs import quickstart
-from wavelet_jax import cli, positions, runs
+from wavelet_jax import positions
+from wavelet_jax.commands import cli
 from wavelet_jax.data.tokenizers import Byte
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.files import user_path
+from wavelet_jax.files.reading import user_path
+from wavelet_jax.runs import directory
 
 METHODS = flags.DEFINE_list("methods", ["wavelet", "rope", "alibi"], "ours; nope, the base of the shares, is added")
 LAYERS = flags.DEFINE_integer("layers", 4, "blocks")
@@ -144,22 +146,22 @@ def table(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """A bar a case: the median time of a step, ours in parts; whiskers are quartiles."""
-    from wavelet_jax import figures  # matplotlib takes a second to import, and bad input should not wait for it
+    from wavelet_jax.figures import style  # matplotlib takes a second to import, and bad input should not wait for it
 
     times, shape, environment = results["seconds_in_rounds"], results["shape"], results["environment"]
     spread = {name: np.array(measure.quartiles(1000 * seconds)) for name, seconds in times.items()}
     rest, nope = spread[NO_ATTENTION][1], spread["nope"][1]
     names = [name for name in times if name != NO_ATTENTION]
-    figure, axes = figures.plt.subplots(figsize=(7.5, 1.6 + 0.45 * len(names)), dpi=120, layout="constrained")
+    figure, axes = style.plt.subplots(figsize=(7.5, 1.6 + 0.45 * len(names)), dpi=120, layout="constrained")
     parts = {
-        "all but attention": figures.COLOURS[5],
-        "attention": figures.COLOURS[0],
-        "position term": figures.COLOURS[1],
+        "all but attention": style.COLORS[5],
+        "attention": style.COLORS[0],
+        "position term": style.COLORS[1],
     }
     for i, name in enumerate(names):
         low, middle, high = spread[name]
         if name.startswith(PEER):
-            axes.barh(i, middle, color=figures.COLOURS[7], label=f"{PEER.strip()} (PyTorch)")
+            axes.barh(i, middle, color=style.COLORS[7], label=f"{PEER.strip()} (PyTorch)")
         else:
             edges = np.clip([0, rest, nope, middle], 0, middle)  # noise may put a part's end past the whole
             for part, left, right in zip(parts, edges, edges[1:], strict=False):
@@ -185,7 +187,7 @@ def draw(results: dict, path: Path) -> None:
         color="0.4",
     )
     figure.savefig(path, bbox_inches="tight")
-    figures.plt.close(figure)
+    style.plt.close(figure)
 
 
 def _config(method: str):
@@ -205,8 +207,8 @@ def _d_ff() -> int:
 def _check(out: Path) -> None:
     """Raises `UserError` for flags that cannot be met, before anything is imported or compiled for them."""
     sizes = (LAYERS, D_MODEL, HEADS, HEAD_DIM, LENGTH, BATCH, ROUNDS)
-    runs.check_least({f"--{flag.name}": (flag.value, 1) for flag in sizes})
-    runs.check_least({f"--{flag.name}": (flag.value, 0) for flag in (D_FF, VOCAB)})
+    directory.check_least({f"--{flag.name}": (flag.value, 1) for flag in sizes})
+    directory.check_least({f"--{flag.name}": (flag.value, 0) for flag in (D_FF, VOCAB)})
     if not METHODS.value:
         raise UserError(f"--methods takes names of methods: {', '.join(positions.METHODS)}")
     for flag, allowed in ((METHODS, positions.METHODS), (X_TRANSFORMERS, steps.X_TRANSFORMERS_METHODS)):
@@ -217,7 +219,7 @@ def _check(out: Path) -> None:
             raise UserError(f"--{flag.name} names a method twice: {', '.join(flag.value)}")
     if out.suffix != ".json":
         raise UserError(f"--out takes the name of a .json file, not {out}")
-    runs.check_folder(out.parent)
+    directory.check_folder(out.parent)
 
 
 def _spread(quartiles: tuple[float, float, float], form: str) -> str:

@@ -99,7 +99,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     train.skip_nonfinite = 0  # so many updates in a row are skipped where loss or gradient is not finite
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # adamw | nag: Nesterov's momentum as fairseq has it (wavelet_jax/nag.py)
+    optimizer.name = "adamw"  # adamw | nag: Nesterov's momentum as fairseq has it (wavelet_jax/training/nag.py)
     optimizer.learning_rate = 2e-3  # the peak
     optimizer.schedule = "cosine"  # after the warm-up: cosine | linear | constant
     optimizer.warmup_steps = 100  # linear from warmup_start

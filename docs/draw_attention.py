@@ -20,13 +20,13 @@ from matplotlib.patches import Patch, Polygon, Rectangle
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, factors, tiled
 from wavelet_jax.attention.tiles import Plan, Tiles, rows_of
-from wavelet_jax.figures import COLOURS
+from wavelet_jax.figures.style import COLORS
 from wavelet_jax.positions import Terms
 
 IMAGES = Path(__file__).parent / "images"
 LENGTH, HEAD_DIM = 4096, 128
 TOLERANCES = (1e-3, 1e-4, 1e-6)
-PLAIN, FAR, NEAR = "#DDDDDD", COLOURS[5], COLOURS[1]
+PLAIN, FAR, NEAR = "#DDDDDD", COLORS[5], COLORS[1]
 
 
 def wavelet_terms(first_exponent: int = 0) -> Terms:
@@ -82,7 +82,7 @@ def draw_table(terms: Terms, tiles: Tiles, path: Path) -> None:
         "far zone: [t, j]": whole[first:],
         "far zone as tiles see it: [s, (u, j)], t = s + u": np.concatenate([whole[zone + u] for u in rows], axis=1),
     }
-    for (label, matrix), colour, marker in zip(curves.items(), COLOURS, "os^", strict=False):
+    for (label, matrix), colour, marker in zip(curves.items(), COLORS, "os^", strict=False):
         values = np.linalg.svd(matrix, compute_uv=False)[:64]
         right.plot(np.arange(1, len(values) + 1), values / values[0], color=colour, marker=marker, ms=3, label=label)
     right.set_yscale("log")

@@ -1,33 +1,16 @@
-"""What several test files need: a small corpus made on the spot, and configs of a model of seconds."""
+"""Fixtures of several test files: a small corpus made on the spot, and configs of a model of seconds."""
 
 import os
-import socket
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: workers of the test run share the cores
 os.environ["TRITON_INTERPRET"] = "1"  # before triton, where it is installed: its kernels then run in NumPy
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from quick_compile import quick_jit as quick_jit
 
 from configs import smoke
-from wavelet_jax.attention import BACKENDS
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
-
-# Backends that carry every call on every device, and so every test of attention; tests/test_kernels.py and
-# tests/test_gpu_kernels.py have the others.
-EVERYWHERE = tuple(name for name in BACKENDS if name not in ("pallas_tpu", "triton_gpu", "cudnn"))
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick_compile
-from conftest import ROOT, quick_jit
 from flax import nnx
+from support import compilation
+from support.compilation import quick_jit
+from support.project import ROOT
 
 from benchmarks import baselines, measure, steps
 from configs import quickstart
 from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
-from wavelet_jax.model import Decoder
+from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.positions import make
 
 
@@ -191,7 +192,7 @@ def run_script(*arguments: str, name: str = "train_step.py") -> subprocess.Compl
     # Compiled without optimizations: what is tested here is that all fits together, and no time of it is read.
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
-        env={**os.environ, "XLA_FLAGS": quick_compile.FLAGS},
+        env={**os.environ, "XLA_FLAGS": compilation.FLAGS},
         cwd=ROOT,
         capture_output=True,
         text=True,

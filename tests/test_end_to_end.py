@@ -12,9 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.project import ROOT
 
-from wavelet_jax import checkpoint, runs
+from wavelet_jax.runs import checkpoint, directory
+from wavelet_jax.runs.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def refused(script: str, *arguments: object) -> str:
 def losses(workdir) -> dict[int, tuple]:
     """What must not change when a run is cut in pieces."""
     kept = ("loss", "validation_loss", "grad_norm", "learning_rate")
-    metrics = runs.read_metrics(workdir)
+    metrics = read_metrics(workdir)
     assert [line["step"] for line in metrics] == sorted({line["step"] for line in metrics})
     return {line["step"]: tuple(line.get(name) for name in kept) for line in metrics}
 
@@ -74,7 +75,7 @@ def whole_runs(data_flags, tmp_path_factory):
 def test_comparison_trains_evaluates_and_draws(whole_runs):
     folder, out, err = whole_runs
     for method in ("wavelet", "rope"):
-        metrics = runs.read_metrics(folder / method)
+        metrics = read_metrics(folder / method)
         assert [line["step"] for line in metrics] == list(range(1, 41))
         assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
         assert {line["step"] for line in metrics if "validation_loss" in line} == {20, 40}
@@ -113,7 +114,7 @@ def test_killed_run_goes_on_to_the_same_losses(whole_runs, data_flags, tmp_path)
     process = start("train.py", *flags)
     try:
         deadline = time.monotonic() + 200
-        while not any(line["step"] >= 12 for line in runs.read_metrics(tmp_path)):
+        while not any(line["step"] >= 12 for line in read_metrics(tmp_path)):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -145,7 +146,7 @@ def interrupted(process: subprocess.Popen, signum: int, happened) -> list[str]:
 
 
 def logged(workdir, step: int):
-    return lambda: any(line["step"] >= step for line in runs.read_metrics(workdir))
+    return lambda: any(line["step"] >= step for line in read_metrics(workdir))
 
 
 def test_signals_save_and_the_same_command_goes_on(whole_runs, data_flags, tmp_path):
@@ -163,7 +164,7 @@ def test_signals_save_and_the_same_command_goes_on(whole_runs, data_flags, tmp_p
         last = interrupted(process, signum, happened)[-1]
         said = re.fullmatch(rf"{signum.name}: (.*) is saved at update (\d+); the same command goes on", last)
         assert said.group(1) == str(workdir)
-        assert int(said.group(2)) == checkpoint.latest_step(workdir) == runs.read_metrics(workdir)[-1]["step"]
+        assert int(said.group(2)) == checkpoint.latest_step(workdir) == read_metrics(workdir)[-1]["step"]
     assert not (tmp_path / "rope").exists()
     run("train.py", *one)
     assert losses(workdir) == losses(whole_runs[0] / "wavelet")
@@ -179,7 +180,7 @@ def test_a_signal_before_the_first_update_ends_at_once(data_flags, tmp_path):
 
 def test_a_second_signal_ends_at_once():
     """Also where the main thread is stuck."""
-    code = "import sys, time; from wavelet_jax import stopping\nwith stopping.listen() as stop:\n"
+    code = "import sys, time; from wavelet_jax.runs import stopping\nwith stopping.listen() as stop:\n"
     code += "    assert not stop.requested(); print('ready', flush=True)\n"
     code += "    while not stop.requested(): pass\n"
     code += "    print('stopping', flush=True); time.sleep(1000)"
@@ -225,7 +226,7 @@ def test_twenty_kills_change_no_loss(whole_runs, data_flags, tmp_path):
     rng = np.random.default_rng(int(time.time()))
     at, cut_short = [], set()
     for number in range(20):
-        before = max((line["step"] for line in runs.read_metrics(tmp_path)), default=0)
+        before = max((line["step"] for line in read_metrics(tmp_path)), default=0)
         process = start("train.py", *flags)
         try:
             if number % 5:  # while it trains: some 2 updates further each time, with some milliseconds on top
@@ -395,7 +396,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path):
     stopped_at = int(re.search(r"error: update (\d+): loss \S+, gradient norm", err).group(1))
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert max(saved) == stopped_at - 1
-    last = runs.read_metrics(tmp_path)[-1]
+    last = read_metrics(tmp_path)[-1]
     assert last["step"] == stopped_at
     assert last["loss"] is None or last["grad_norm"] is None
 
@@ -406,18 +407,18 @@ def test_skipped_updates_are_counted_over_lives(data_flags, tmp_path):
     flags = [f"--config={ROOT}/configs/smoke.py:wavelet", "--config.optimizer.learning_rate=1e30", *data_flags]
     flags += ["--config.log.every=3", "--config.eval.every=0", f"--workdir={tmp_path}"]
     run("train.py", *flags, "--config.train.skip_nonfinite=9", "--config.train.steps=4")
-    assert [(line["step"], line["skipped"]) for line in runs.read_metrics(tmp_path)] == [(3, 2), (4, 3)]
+    assert [(line["step"], line["skipped"]) for line in read_metrics(tmp_path)] == [(3, 2), (4, 3)]
     process = start("train.py", *flags, "--config.train.skip_nonfinite=5")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert re.search(r"error: update 7: loss \S+, gradient norm (nan|inf), after 5 such updates in a row", err), err
-    assert [line["step"] for line in runs.read_metrics(tmp_path)] == [3, 4, 6, 7]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6, 7]
 
 
 def test_bad_evaluation_input(whole_runs, data_flags, tmp_path):
     trained = f"--workdir={whole_runs[0] / 'wavelet'}"
     empty = tmp_path / "empty"
-    runs.save_config(empty, runs.load_config(whole_runs[0] / "wavelet"))
+    directory.save_config(empty, directory.load_config(whole_runs[0] / "wavelet"))
     learned = tmp_path / "learned"
     smoke = [f"--config={ROOT}/configs/smoke.py:learned", "--config.train.steps=1", "--config.eval.every=0"]
     run("train.py", *smoke, f"--workdir={learned}", *data_flags)

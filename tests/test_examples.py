@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.project import ROOT
 
 from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
 

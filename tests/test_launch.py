@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
+from support.project import ROOT
 
 from configs import default
-from wavelet_jax import runs
+from wavelet_jax.runs import directory
 
 PAGE = (ROOT / "docs" / "launch.md").read_text()
 BASH = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -77,7 +77,7 @@ def commands() -> list[str]:
 
 def test_flags_and_keys_of_the_commands_exist():
     assert len(commands()) >= 8
-    keys, known = set(runs.flatten(default.get_config())), flags()
+    keys, known = set(directory.flatten(default.get_config())), flags()
     assert {"config", "workdir", "compile_only", "nocompile_only", "topology", "profile_steps"} <= known
     for command in commands():
         for flag in re.findall(r"(?:^|\s)--([\w.]+)", command):
@@ -88,7 +88,7 @@ def test_flags_and_keys_of_the_commands_exist():
 
 
 def test_flags_and_keys_of_the_text_exist():
-    keys = set(runs.flatten(default.get_config()))
+    keys = set(directory.flatten(default.get_config()))
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     ours = flags()
     others = {"signal", "worker"}  # of sbatch and gcloud

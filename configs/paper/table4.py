@@ -23,7 +23,7 @@ the compute, which each row takes. Expected perplexity at full length, the paper
     coif16    113.42  132.14  230.95
 
 Variants: a row by its wavelet; after it `_fine`, `_centre` and `_n-m`, in this order, for the other readings of what
-the paper leaves open (wavelet_jax/discrete.py has them all); `small_` before it takes table1's small model on
+the paper leaves open (wavelet_jax/wavelets/discrete.py has them all); `small_` before it takes table1's small model on
 WikiText-2, with levels 1 .. 8 and a quarter of the shifts, since its heads are of 32. With no variant all rows are
 trained one after another and drawn, and with `small` five of the small ones.
 """
@@ -31,8 +31,8 @@ trained one after another and drawn, and with `small` five of the small ones.
 from ml_collections import ConfigDict
 
 from configs.paper import table1
-from wavelet_jax.discrete import TABLE_4
 from wavelet_jax.errors import unknown
+from wavelet_jax.wavelets.discrete import TABLE_4
 
 ROWS = TABLE_4
 SMALL = ("small_rbio1.1", "small_db2", "small_db8", "small_coif2", "small_bior3.1")

@@ -11,10 +11,11 @@ draws the paper's pictures that no trained model is needed for.
 
 from absl import flags
 
-from wavelet_jax import cli, runs
 from wavelet_jax.analysis import report
+from wavelet_jax.commands import cli
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import user_path
+from wavelet_jax.files.reading import user_path
+from wavelet_jax.runs import directory
 
 WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once for every run to show side by side")
 LENGTH = flags.DEFINE_integer("length", 1012, "of the text, tokens; 1012 as in the paper's Figures 2, 3, 7 and 8")
@@ -36,7 +37,7 @@ def main() -> None:
         raise UserError("python -m wavelet_jax.analysis needs --out, and --workdir (once or more) or --figures")
     out = user_path(OUT.value, "--out")
     if FIGURES.value:
-        runs.check_folder(out)
+        directory.check_folder(out)
         from wavelet_jax.analysis import pictures  # matplotlib takes a second to import, and bad input should not wait
 
         print("written:", *pictures.without_a_run(out), sep="\n  ")

@@ -14,12 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from wavelet_jax import memory, sharding
 from wavelet_jax.analysis.windows import distance_of
 from wavelet_jax.attention import decode
 from wavelet_jax.attention.tiles import unskew
 from wavelet_jax.errors import UserError
-from wavelet_jax.model import Decoder
+from wavelet_jax.hardware import memory
+from wavelet_jax.model.decoder import Decoder
+from wavelet_jax.parallel import sharding
 
 # Scores [H, T, S] of a layer's block, all heads: 128 MiB in float32. A few arrays of that size live at once.
 _SCORES = 2**25

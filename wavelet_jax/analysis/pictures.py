@@ -1,4 +1,4 @@
-"""The pictures of the analysis, in the colours of `wavelet_jax.figures`, which colour-blind readers can tell apart."""
+"""Pictures of the analysis, in the colors of `figures.style`, which color-blind readers can tell apart."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +7,12 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import StrMethodFormatter
 
-from wavelet_jax import atomic, figures
 from wavelet_jax.analysis import rope_as_wavelet, windows
 from wavelet_jax.analysis.attention_maps import Maps
 from wavelet_jax.analysis.receptive_field import DISTANCES
-from wavelet_jax.figures import COLOURS, MARKERS, plt  # after matplotlib has been told to write files only
+from wavelet_jax.figures import style, wavelets
+from wavelet_jax.figures.style import COLORS, MARKERS, plt  # after matplotlib has been told to write files only
+from wavelet_jax.files import atomic
 from wavelet_jax.positions.alibi import slopes
 
 # Keys after the query, which it cannot see; below the threshold (the paper's yellow, paler); the threshold or more.
@@ -63,7 +64,7 @@ def attention_map(
             interpolation="nearest",
             extent=(0, edge, edge, 0),
         )
-        axes.set_title(f"{figures.plain(name)}, head {heads[j]}" if len(maps) > 1 else f"head {heads[j]}", fontsize=9)
+        axes.set_title(f"{style.plain(name)}, head {heads[j]}" if len(maps) > 1 else f"head {heads[j]}", fontsize=9)
         if tokens:
             places_of = np.arange(len(tokens)) + 0.5
             upright = 0 if max(map(len, tokens)) <= 2 else 90
@@ -79,9 +80,9 @@ def attention_map(
             axes.label_outer()
     figure.supxlabel("key (position, tokens)", fontsize=9)
     figure.supylabel("query (position, tokens)", fontsize=9)
-    names = figures.plain(next(iter(maps))) if len(maps) == 1 else f"{len(maps)} models"
+    names = style.plain(next(iter(maps))) if len(maps) == 1 else f"{len(maps)} models"
     figure.suptitle(f"Attention of layer {layer} ({names}): {threshold:g} and more in black", fontsize=10)
-    figures.save(figure, path, note)
+    style.save(figure, path, note)
 
 
 def classes(maps: Maps, layer: int, head: int, threshold: float) -> np.ndarray:
@@ -118,10 +119,10 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
         for layer in dict.fromkeys(row["layer"] for row in of_kind["measured"]):
             heads = [row for row in of_kind["measured"] if row["layer"] == layer]
             for row in heads:
-                draw(axes, place, row, COLOURS[0], True)
+                draw(axes, place, row, COLORS[0], True)
                 for window in of_kind["alibi_window"]:
                     if window["head"] == row["head"]:
-                        draw(axes, place + 0.35, window, COLOURS[1], False)
+                        draw(axes, place + 0.35, window, COLORS[1], False)
                 place += 1
             ticks.append(place - (len(heads) + 1) / 2)
             labels.append(f"layer {layer}")
@@ -129,7 +130,7 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
             place += 0.4
         if of_kind["wavelet_scale"]:
             for row in of_kind["wavelet_scale"]:
-                draw(axes, place, row, COLOURS[2], False)
+                draw(axes, place, row, COLORS[2], False)
                 place += 0.5
             ticks.append(place - 0.25 * (len(of_kind["wavelet_scale"]) + 1))
             labels.append("scales")
@@ -137,28 +138,28 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
         axes.set_xticks(ticks, labels, fontsize=8)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_title(figures.plain(name), fontsize=10)
+        axes.set_title(style.plain(name), fontsize=10)
         axes.grid(axis="y", alpha=0.25)
         for share, marker in zip(windows.SHARES, MARKERS, strict=False):
             axes.plot([], [], marker, color="0.3", ms=5, label=f"{share:.0%} within")
-        axes.plot([], [], "s", color=COLOURS[0], label="heads, measured")
+        axes.plot([], [], "s", color=COLORS[0], label="heads, measured")
         if of_kind["alibi_window"]:
-            axes.plot([], [], "s", color=COLOURS[1], mfc="white", label="by the slope alone")
+            axes.plot([], [], "s", color=COLORS[1], mfc="white", label="by the slope alone")
         if of_kind["wavelet_scale"]:
-            axes.plot([], [], "s", color=COLOURS[2], mfc="white", label="|ψ| of each scale")
+            axes.plot([], [], "s", color=COLORS[2], mfc="white", label="|ψ| of each scale")
         axes.plot([], [], color="0.4", ls="--", lw=1, label=f"the text ({length:,})")
         axes.legend(frameon=False, fontsize=7, loc="upper left")
     grid[0][0].set_ylim(0.8, 16 * length)
     grid[0][0].set_ylabel("distance + 1 (tokens)")
     figure.suptitle("How far heads look", fontsize=11)
-    figures.save(figure, path, note)
+    style.save(figure, path, note)
 
 
 def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path: Path, *, note: str) -> None:
     """Cumulative normalised gradient (Chi et al.) against the distance from the last token, a line a model."""
     figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     for i, (name, curve) in enumerate(curves.items()):
-        axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[i % len(COLOURS)], label=figures.plain(name))
+        axes.plot(np.arange(1, len(curve) + 1), curve, color=COLORS[i % len(COLORS)], label=style.plain(name))
     for n, each in enumerate(sorted(set(train_length))):
         label = "training length" if n == 0 else None
         axes.axvline(each, color="0.4", ls="--", lw=1, zorder=0, label=label)
@@ -171,7 +172,7 @@ def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path
     axes.set_title("What the last prediction depends on")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    figures.save(figure, path, note)
+    style.save(figure, path, note)
 
 
 # -- without a trained model ----------------------------------------------------------------------------------------
@@ -189,10 +190,10 @@ def rope_wavelets(path: Path, d: int = 64) -> None:
         ):
             for low, high in ((-0.25, 0), (0, 1), (1, 2), (2, 2.25)):  # it jumps between these
                 piece = t[(t >= low) & (t < high)]
-                axes.plot(piece, function(piece, k), color=COLOURS[0], lw=1.2)
+                axes.plot(piece, function(piece, k), color=COLORS[0], lw=1.2)
             for places, marker, colour, label in (
-                (delta, MARKERS[0], COLOURS[1], "t = δ(j): column j"),
-                (1 + delta, MARKERS[1], COLOURS[2], "t = 1 + δ(j): column j + 1"),
+                (delta, MARKERS[0], COLORS[1], "t = δ(j): column j"),
+                (1 + delta, MARKERS[1], COLORS[2], "t = 1 + δ(j): column j + 1"),
             ):
                 axes.plot(places, function(places, k), marker, ms=4, color=colour, label=label)
             axes.set_title(f"{name}, position m = {m}: k = {k}", fontsize=9)
@@ -203,7 +204,7 @@ def rope_wavelets(path: Path, d: int = 64) -> None:
     for axes in grid[1]:
         axes.set_xlabel("t")
     figure.suptitle(f"RoPE's Haar-like wavelets: one point a pair of dimensions in each half (d = {d})", fontsize=11)
-    figures.save(figure, path)
+    style.save(figure, path)
 
 
 def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
@@ -232,7 +233,7 @@ def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
     grid[0].set_ylabel("row j")
     figure.colorbar(image, ax=grid[3], shrink=0.75)
     figure.suptitle(f"Position m = {m}, d = {d}, float64", fontsize=11)
-    figures.save(figure, path)
+    style.save(figure, path)
 
 
 def alibi_windows(path: Path, num_heads: int = 8) -> None:
@@ -241,7 +242,7 @@ def alibi_windows(path: Path, num_heads: int = 8) -> None:
     t, places = np.arange(2048), np.arange(num_heads)
     for head, slope in enumerate(slopes(num_heads).tolist()):
         probability = -np.expm1(-slope) * np.exp(-slope * t)
-        left.plot(t + 1, probability, color=COLOURS[head % len(COLOURS)], label=f"1/{1 / slope:g}")
+        left.plot(t + 1, probability, color=COLORS[head % len(COLORS)], label=f"1/{1 / slope:g}")
     left.axhline(1e-3, color="0.4", ls="--", lw=1, label="0.001, as in Figure 2")
     left.set_xscale("log", base=2)
     left.set_yscale("log")
@@ -253,7 +254,7 @@ def alibi_windows(path: Path, num_heads: int = 8) -> None:
     left.legend(title="slope", fontsize=7, title_fontsize=8, frameon=False)
     for n, share in enumerate(windows.SHARES):
         reached = [windows.alibi_window(slope, share) + 1 for slope in slopes(num_heads).tolist()]
-        right.plot(places, reached, MARKERS[n] + "-", color=COLOURS[n], label=f"{share:.0%} of the mass within")
+        right.plot(places, reached, MARKERS[n] + "-", color=COLORS[n], label=f"{share:.0%} of the mass within")
     bands = [windows.alibi_band(slope, 1e-3) + 1 for slope in slopes(num_heads).tolist()]
     right.plot(places, bands, "kX--", label="at least 0.001 up to")
     right.set_yscale("log", base=2)
@@ -265,7 +266,7 @@ def alibi_windows(path: Path, num_heads: int = 8) -> None:
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    figures.save(figure, path)
+    style.save(figure, path)
 
 
 def without_a_run(out: Path) -> list[Path]:
@@ -278,5 +279,5 @@ def without_a_run(out: Path) -> list[Path]:
     with atomic.written_together(out) as partial:
         for name, draw in drawn.items():
             draw(partial / name)
-        wavelets = [path.name for path in figures.paper_wavelets(partial)]
-    return [out / name for name in (*wavelets, *drawn)]
+        names = [path.name for path in wavelets.paper_wavelets(partial)]
+    return [out / name for name in (*names, *drawn)]

@@ -17,7 +17,7 @@ from wavelet_jax.analysis.attention_maps import Maps
 from wavelet_jax.positions import PositionMethod
 from wavelet_jax.positions.alibi import ALiBi, slopes
 from wavelet_jax.positions.wavelet import Wavelet
-from wavelet_jax.training import token_losses
+from wavelet_jax.training.steps import token_losses
 
 # kind: measured, alibi_window (of a head's slope) or wavelet_scale (of all heads). A distance that is past
 # `windows.LONGEST` is left empty, and so is what a kind does not have.

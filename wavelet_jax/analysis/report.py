@@ -14,11 +14,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from wavelet_jax import checkpoint, evaluation, memory, results, runs, sharding, training
 from wavelet_jax.analysis import attention_maps, receptive_field
 from wavelet_jax.data import Corpus
 from wavelet_jax.errors import UserError
-from wavelet_jax.model import make_position
+from wavelet_jax.evaluation import evaluate
+from wavelet_jax.files import results
+from wavelet_jax.hardware import memory
+from wavelet_jax.model.decoder import make_position
+from wavelet_jax.parallel import sharding
+from wavelet_jax.runs import checkpoint, directory
+from wavelet_jax.training import steps
 
 LABELLED = 64  # tokens of a map that may be labelled: more labels would lie on each other
 
@@ -67,9 +72,9 @@ def analyse(
     Raises:
       UserError: before anything is computed or written, for what cannot be done.
     """
-    configs = evaluation.load_configs(workdirs, data_root)
-    runs.check_folder(out)
-    runs.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
+    configs = evaluate.load_configs(workdirs, data_root)
+    directory.check_folder(out)
+    directory.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
     for threshold in thresholds:
         if not 0 < threshold < 1:
             raise UserError(f"--threshold {threshold:g} must be a probability, between 0 and 1")
@@ -78,12 +83,12 @@ def analyse(
     layers = _chosen("layers", layers, [config.model.num_layers for config in configs])
     heads = _chosen("heads", heads, [config.model.num_heads for config in configs])
     # Also lengths past a learned table or the text, and runs that do not compare.
-    corpus, _ = evaluation.check(configs, workdirs, lengths=[length], protocol="full_length")
+    corpus, _ = evaluate.check(configs, workdirs, lengths=[length], protocol="full_length")
     for workdir in workdirs:
         if checkpoint.latest_step(workdir) is None:
             raise UserError(f"{workdir} has no checkpoint to look into: train it first")
 
-    names = evaluation.labels(configs, workdirs)
+    names = evaluate.labels(configs, workdirs)
     jobs = [
         _prepare(name, config, workdir, corpus, layers, heads, length, pixels, texts)
         for name, config, workdir in zip(names, configs, workdirs, strict=True)
@@ -182,7 +187,7 @@ def _prepare(
     """Compiles what a run needs, and sees that its memory is there."""
     config.mesh.update(data=1, fsdp=-1, context=1, tensor=1)  # the devices here, whatever the run was trained on
     mesh = sharding.make_mesh(config)
-    graphdef, abstract_state = training.shapes(config, corpus.tokenizer.vocab_size, mesh)
+    graphdef, abstract_state = steps.shapes(config, corpus.tokenizer.vocab_size, mesh)
     params = abstract_state.params
     program = attention_maps.build(
         graphdef,
@@ -210,7 +215,7 @@ def _prepare(
 
 
 def _bar(total: int, title: str, unit: str) -> tqdm:
-    return tqdm(total=total, desc=title, unit=unit, leave=False, mininterval=runs.PROGRESS_INTERVAL, miniters=0)
+    return tqdm(total=total, desc=title, unit=unit, leave=False, mininterval=directory.PROGRESS_INTERVAL, miniters=0)
 
 
 def _token_labels(corpus: Corpus, length: int) -> list[str]:

@@ -6,7 +6,6 @@ import math
 
 import jax
 
-from wavelet_jax import memory
 from wavelet_jax.attention import common, cudnn, decode, pallas_tpu, reference, tiled, triton_gpu
 from wavelet_jax.attention.arguments import (
     arrays_of,
@@ -23,6 +22,7 @@ from wavelet_jax.attention.arguments import (
 from wavelet_jax.attention.call import Call, is_repeated
 from wavelet_jax.attention.tiles import KEPT
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.hardware import memory
 from wavelet_jax.positions.terms import Terms
 
 __all__ = ["BACKENDS", "KEPT", "attention"]

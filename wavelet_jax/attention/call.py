@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from wavelet_jax import devices
 from wavelet_jax.errors import UserError
+from wavelet_jax.hardware import devices
 from wavelet_jax.positions.terms import Terms
 
 

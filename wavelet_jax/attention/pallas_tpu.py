@@ -18,11 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from wavelet_jax import devices
 from wavelet_jax.attention import prepared
 from wavelet_jax.attention.call import Call
 from wavelet_jax.attention.prepared import MASKED, Arrays, Kernel, Layout
 from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.hardware import devices
 
 # Tiles with relative keys, and without. Chosen by counting, not by a clock: no TPU was at hand. A step of the grid has
 # a fixed cost of some tenths of a microsecond, as long as the products of a 256 x 256 tile with D = 128 take on a TPU

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from wavelet_jax import atomic, processes
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
 from wavelet_jax.data.notes import Notes
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import read_json, user_path
+from wavelet_jax.files import atomic
+from wavelet_jax.files.reading import read_json, user_path
+from wavelet_jax.parallel import processes
 
 _FORMAT = 2  # raise it when other code would make other tokens of the same text
 _TMP = ".tmp-"

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from wavelet_jax import atomic
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import read_json
+from wavelet_jax.files import atomic
+from wavelet_jax.files.reading import read_json
 
 _NAME = ".digests.json"
 _AT_REST = 10  # seconds; file systems tell changes apart that are some milliseconds, at worst two seconds, apart

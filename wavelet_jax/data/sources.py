@@ -18,7 +18,7 @@ from tqdm import tqdm
 from wavelet_jax.data import tfds_sets
 from wavelet_jax.data.notes import REPLACEMENT, Notes, count_replaced
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.files import MissingFile, parse_json, user_path
+from wavelet_jax.files.reading import MissingFile, parse_json, user_path
 
 SOURCES = ("python", "text", "jsonl")  # and "tfds:NAME"
 DOCUMENTS = ("file", "line", "paragraph")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from wavelet_jax.data.notes import Notes, count_replaced
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.files import MissingFile, user_path
+from wavelet_jax.files.reading import MissingFile, user_path
 
 PREFIX = "tfds:"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")

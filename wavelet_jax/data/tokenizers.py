@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.files import MissingFile, user_path
+from wavelet_jax.files.reading import MissingFile, user_path
 
 TOKENIZERS = ("byte", "word", "bpe", "sentencepiece")
 END = "<|endoftext|>"  # how the end of a document looks when decoded; the same letters in a text are plain text

@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import jax
 
-from wavelet_jax import discrete
 from wavelet_jax.errors import unknown
 from wavelet_jax.positions.terms import Params, Terms
 from wavelet_jax.ranges import HEADS, Range, check_options
-from wavelet_jax.wavelets import T_SIGNS
+from wavelet_jax.wavelets import T_SIGNS, discrete
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ by its numbers of tokens and words, is refused, and nothing is prepared.
 
 from absl import flags
 
-from wavelet_jax import cli
+from wavelet_jax.commands import cli
 from wavelet_jax.data.wikitext import archives
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import user_path
+from wavelet_jax.files.reading import user_path
 
 NAME = flags.DEFINE_string("name", None, " | ".join(archives.PUBLISHED))
 TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "where to prepare it: config.data.tfds_dir of the runs")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from wavelet_jax import atomic
 from wavelet_jax.data.tokenizers import LINE_END, UNKNOWN
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.files import atomic
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # by TFDS's names, as the members have them
 _ADDRESS = "https://wikitext.smerity.com/"  # of the data set's first author; the first one, on S3, is gone

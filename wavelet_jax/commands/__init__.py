@@ -1,0 +1,1 @@
+"""The commands: flags, what is printed, and errors as one line."""

@@ -1,0 +1,1 @@
+"""Evaluation past the training length."""

@@ -1,0 +1,1 @@
+"""A run's directory and what watches over a run: checkpoints, metrics, signals, throughput, profiles."""

@@ -1,0 +1,341 @@
+"""Checkpoints by orbax: parameters, optimizer, step, and the data position (windows read, one integer).
+
+A checkpoint is saved in the background, in a temporary folder. When every process has written its part, checksums of
+all files are added (`checksums`), and one rename makes it a checkpoint: it is there with its checksums or not at all.
+It is read only after all its files were found as they were written. One that is damaged is named and set aside, renamed
+to damaged-N, and the one before it used.
+
+A run that has saved nothing yet has an empty file, none-yet, in its folder of checkpoints. A folder with neither it nor
+a checkpoint is one that somebody has emptied, and the run is not begun anew (`check_whole`).
+"""
+
+import contextlib
+import functools
+import logging as std_logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from wavelet_jax.errors import UserError
+from wavelet_jax.files import atomic
+from wavelet_jax.parallel import peers, processes
+from wavelet_jax.parallel.sharding import path_of
+from wavelet_jax.runs import checksums, directory
+from wavelet_jax.runs.metrics import read_metrics
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder that a save has not committed yet
+_DAMAGED = "damaged-"
+_NONE_YET = "none-yet"
+_PATIENCE = 30.0  # seconds that the run waits for a save before it says so
+
+
+def check_whole(workdir: Path) -> None:
+    """Raises `UserError` where a part of a run is gone without which it would silently begin anew. Writes nothing.
+
+    A run makes checkpoints/none-yet, then config.json, then lines of metrics.jsonl. So these cannot come about by a
+    kill at any moment, and are refused:
+      - `checkpoints` is not a folder;
+      - there is no config.json, and there are checkpoints or logged updates;
+      - there is a config.json, and `checkpoints` is missing or empty.
+    A run that was killed before its first checkpoint is whole: it starts over.
+    """
+    folder = _folder(workdir)
+    atomic.refuse_links(*(workdir / name for name in directory.WRITTEN))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: move it away, or use another --workdir")
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    logged = read_metrics(workdir)
+    if not (workdir / "config.json").exists():
+        if (there - {_NONE_YET}) or logged:
+            what = f"has {len(logged)} logged lines" if logged else "has checkpoints"
+            raise UserError(f"{workdir} {what} but no config.json: bring it back, or use another --workdir")
+    elif not there:
+        raise UserError(
+            f"the checkpoints of {workdir} are gone: bring them back, use another --workdir, or remove config.json and "
+            "metrics.jsonl to train from the start"
+        )
+
+
+@contextlib.contextmanager
+def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointManager]:
+    """Saves the run's checkpoints in the background, and keeps the newest `checkpoint.keep`; comes after `restore`."""
+    folder = _folder(workdir)
+
+    def add_checksums() -> None:
+        """Called in process 0 when all processes have written and the folder waits for its name."""
+        # The last by its update: one that failed may still be there.
+        checksums.write(max(folder.glob(f"*{_UNFINISHED}*"), key=lambda path: int(path.name.split(".")[0])))
+
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=config.checkpoint.keep,
+        lightweight_initialize=True,
+        async_options=ocp.AsyncOptions(config.checkpoint.timeout, post_finalization_callback=add_checksums),
+    )
+    _one_line_a_failure()
+    if processes.is_first():  # a folder that cannot be written shows before the training
+        atomic.make_folder(folder)
+        (folder / _NONE_YET).touch()
+        _count(folder)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        try:
+            yield manager
+        finally:  # whatever ends the run, what is under way is finished
+            if failure := _settle(manager):
+                logging.warning("%s", failure)
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The update of the newest checkpoint, sound or not, or None. Writes nothing."""
+    return max(_steps(_folder(workdir)), default=None)
+
+
+def any_saved(workdir: Path) -> bool:
+    """Whether a checkpoint is there, sound or not, or is being written."""
+    folder = _folder(workdir)
+    return folder.is_dir() and any(name != _NONE_YET for name in os.listdir(folder))
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, *, windows: int, fingerprint: str) -> None:
+    """Saves a state, any pytree of arrays, after `windows` windows of the corpus with this fingerprint, under `step`.
+
+    Returns when the state has been copied; it is written in the background. A save that fails, this one or the one
+    before, is a warning: the run is worth more than a checkpoint, and the next save tries again.
+    """
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave({"windows": windows, "fingerprint": fingerprint}),
+    )
+    failures = [_settle(manager)]
+    try:
+        with _told_if_long(step):
+            manager.save(step, args=args)
+    except Exception as error:
+        failures.append(_failed(manager, step, error))
+    for failure in filter(None, failures):
+        logging.warning("%s: the run goes on", failure)
+
+
+def wait(manager: ocp.CheckpointManager, step: int) -> None:
+    """Waits for what is written in the background. Raises `UserError` where there is no checkpoint of `step` then."""
+    failure = _settle(manager)
+    if step not in _steps(Path(manager.directory)):
+        failure = failure or f"the checkpoint of update {step} could not be written"
+        raise UserError(f"{failure}; make room, and give the same command again")
+    if failure:
+        logging.warning("%s", failure)
+
+
+def restore(workdir: Path, abstract_state: Any, *, fingerprint: str) -> tuple[Any, int] | None:
+    """The newest sound checkpoint's state, laid out as `abstract_state` says, and its data position; None if none was.
+
+    Damaged checkpoints newer than it are set aside, and what a killed save has left is removed.
+
+    Raises:
+      UserError: the corpus is not the one that the run has read; the checkpoint's arrays are not those of
+        `abstract_state`; there are checkpoints and none is sound (all are left where they are).
+    """
+    folder = _folder(workdir)
+    step, damaged = _newest_sound(folder)
+    if processes.is_first():
+        for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        for number in damaged:
+            _set_aside(folder / str(number))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(
+            "wavelet_jax.runs.checkpoint.restore"
+        )  # the folder is as they all will see it
+    if step is None:
+        return None
+    data = _restore_data(folder / str(step), fingerprint)
+    _check_tree(folder / str(step), abstract_state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / str(step) / "state", abstract_state), data["windows"]
+
+
+def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str) -> tuple[dict, int]:
+    """The parameters alone of the newest sound checkpoint, and its step. Writes nothing; otherwise see `restore`.
+
+    The optimizer's moments, twice as large, are read for their checksums and not loaded.
+    """
+    folder = _folder(workdir)
+    step, _ = _newest_sound(folder)
+    if step is None:
+        raise UserError(f"{workdir} has no checkpoint: train it first")
+    _restore_data(folder / str(step), fingerprint)
+    item = {"params": abstract_params}
+    _check_tree(folder / str(step), item)
+    # `partial_restore` leaves out the rest of the state, and would also leave out parameters that only one side has.
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / str(step) / "state", args=args)["params"], step
+
+
+def _folder(workdir: Path) -> Path:
+    return (workdir / "checkpoints").absolute()
+
+
+def _steps(folder: Path) -> list[int]:
+    """Updates that have a checkpoint, sound or not."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)]
+
+
+def _count(folder: Path) -> None:
+    """Removes what says that there is no checkpoint yet, where there is one."""
+    if _steps(folder):
+        (folder / _NONE_YET).unlink(missing_ok=True)
+
+
+def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
+    """The update of the newest checkpoint whose files are as they were written, and those of the newer, damaged ones.
+
+    The first is None where there has been no checkpoint. Process 0 reads the files, and all have its answer.
+    """
+    reasons, sound, failed = {}, None, False
+    if processes.is_first():
+        for step in sorted(_steps(folder), reverse=True):
+            reasons[step] = checksums.damage(folder / str(step))
+            if reasons[step] is None:
+                sound = step
+                del reasons[step]
+                break
+        aside = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
+        failed = sound is None and bool(reasons or aside)
+    if jax.process_count() > 1:
+        answer = np.array([-1 if sound is None else sound, failed])
+        answer = multihost_utils.broadcast_one_to_all(answer)
+        sound, failed = None if answer[0] < 0 else int(answer[0]), bool(answer[1])
+    if failed:
+        tried = [f"{step} ({reason})" for step, reason in reasons.items()]
+        tried += [f"{name} (set aside before)" for name in aside] if processes.is_first() else ["see process 0"]
+        raise UserError(
+            f"no checkpoint in {folder} can be read: {', '.join(tried)}; bring one back, or use a new workdir "
+            f"(one that was saved before there were checksums: `write` in wavelet_jax/runs/checksums.py vouches for it)"
+        )
+    for step, reason in reasons.items():
+        _warn_once(f"the checkpoint {folder / str(step)} is damaged ({reason}): the one of update {sound} is used")
+    return sound, list(reasons)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """An evaluation looks at a run's checkpoints twice."""
+    logging.warning("%s", message)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Renames a checkpoint to a name that is none, damaged-N, or damaged-N-2 and on where that is taken."""
+    names = [f"{_DAMAGED}{checkpoint.name}"]
+    while (checkpoint.parent / names[-1]).exists():
+        names.append(f"{names[0]}-{len(names) + 1}")
+    checkpoint.rename(checkpoint.parent / names[-1])
+
+
+def _restore_data(checkpoint: Path, fingerprint: str) -> dict:
+    """What is saved beside the state; restored first: with another vocabulary the shapes of the state would not fit."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        data = checkpointer.restore(checkpoint / "data", args=ocp.args.JsonRestore())
+    if data["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{checkpoint.parent} was trained on another text or tokenizer than the config gives now (corpus "
+            f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
+        )
+    return data
+
+
+def _check_tree(checkpoint: Path, abstract: Any) -> None:
+    """Raises `UserError` where a checkpoint does not hold exactly the arrays of a tree, by path, dtype and shape.
+
+    Only the top-level parts of the state that the tree has are compared.
+    """
+
+    def arrays(tree: Any) -> dict[str, str]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {path_of(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
+
+    wanted = arrays(abstract)
+    parts = {path.split("/")[0] for path in wanted}
+    stored = arrays(ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree)
+    stored = {path: array for path, array in stored.items() if path.split("/")[0] in parts}
+    differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{checkpoint} does not fit the model of the config: {first} is {stored.get(first, 'absent')} in the "
+            f"checkpoint and {wanted.get(first, 'absent')} in the model (arrays that differ: {len(differing):,}): "
+            "bring back the config.json that the run was trained with"
+        )
+
+
+def _settle(manager: ocp.CheckpointManager) -> str | None:
+    """Waits for the save in the background; what failed, or None."""
+    step = manager.latest_step()  # counts the one under way
+    try:
+        with _told_if_long(step):
+            manager.wait_until_finished()
+        if processes.is_first():
+            _count(Path(manager.directory))
+        return None
+    except Exception as error:
+        return _failed(manager, step, error)
+
+
+def _told_if_long(step: int | None) -> contextlib.AbstractContextManager[None]:
+    """Warns when what is inside, which waits for the save of this update, takes `_PATIENCE`: the whole run waits."""
+    message = "the run has waited for the checkpoint of update %s for %g s: a slow disk, or a process that failed"
+    return peers.in_time(_PATIENCE, functools.partial(logging.warning, message, step, _PATIENCE))
+
+
+def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
+    """Removes what a failed save has written, on a disk that may be full, and says what failed."""
+    folder = Path(manager.directory)
+    if processes.is_first():
+        for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    manager.reload()  # it counts the failed one as saved, and those that were to go for it as gone
+    kept = max(_steps(folder), default=None)
+    newest = "there is none before it" if kept is None else f"the newest is that of update {kept}"
+    while _timed_out(error) and error.__context__:  # a process that has failed waits for the others all the same
+        error = error.__context__
+    if _timed_out(error):
+        reason = "not done within checkpoint.timeout: the disk is slow, or another process failed or is slow"
+    else:  # TensorStore names the array, the database and the file before it comes to the point
+        reason = " ".join(str(error).split()).rsplit('": ', 1)[-1][:200] or type(error).__name__
+    return f"the checkpoint of update {step} could not be written ({reason}); {newest}"
+
+
+def _timed_out(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
+
+
+@functools.cache
+def _one_line_a_failure() -> None:
+    """Leaves it to `save` and `wait` to tell of a save that fails: orbax adds tracebacks of every array and thread."""
+
+    def is_ours(record: std_logging.LogRecord) -> bool:
+        from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname or "orbax" in record.getMessage()
+        return record.levelno < std_logging.ERROR or not from_orbax
+
+    logging.get_absl_logger().addFilter(is_ours)
+    std_logging.getLogger("asyncio").addFilter(is_ours)  # "Task exception was never retrieved"
+    show = sys.unraisablehook
+
+    def show_others(unraisable) -> None:
+        # TensorStore answers to an event loop that orbax closed at the first failure.
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = show_others

@@ -1,0 +1,1 @@
+"""Several runs trained and evaluated together."""
