@@ -19,7 +19,7 @@ from wavelet_jax.data import load_corpus, tokenizers
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import evaluate
 from wavelet_jax.files import reading
-from wavelet_jax.paper import compare
+from wavelet_jax.paper import __main__ as paper_command
 from wavelet_jax.parallel import sharding
 from wavelet_jax.runs import checkpoint, directory
 from wavelet_jax.training import steps
@@ -80,14 +80,14 @@ def test_every_command_takes_a_home_folder(home):
 
 
 def test_results_may_be_in_a_home_folder(home, monkeypatch):
-    monkeypatch.setattr(compare, "RESULTS", SimpleNamespace(value=["~/none"]))
-    monkeypatch.setattr(compare, "OUT", SimpleNamespace(value=None))
+    monkeypatch.setattr(paper_command, "RESULTS", SimpleNamespace(value=["~/none"]))
+    monkeypatch.setattr(paper_command, "OUT", SimpleNamespace(value=None))
     with pytest.raises(UserError, match=f"^{home}/none has no extrapolation.csv"):
-        compare.main()
+        paper_command.main()
     (home / "file").write_text("")
-    monkeypatch.setattr(compare, "OUT", SimpleNamespace(value="~/file"))
+    monkeypatch.setattr(paper_command, "OUT", SimpleNamespace(value="~/file"))
     with pytest.raises(UserError, match=f"^{home}/file cannot be used"):
-        compare.main()
+        paper_command.main()
 
 
 def test_every_path_of_the_data_takes_a_home_folder(home, monkeypatch):

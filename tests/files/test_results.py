@@ -20,6 +20,7 @@ from wavelet_jax.evaluation import evaluate, protocols
 from wavelet_jax.figures import extrapolation, style
 from wavelet_jax.files import results
 from wavelet_jax.hardware import memory
+from wavelet_jax.paper import __main__ as paper_command
 from wavelet_jax.paper import compare
 
 NAMES = (
@@ -137,11 +138,11 @@ def test_a_picture_that_fails_costs_no_number(tmp_path, monkeypatch):
 
 def test_a_comparison_with_the_paper_is_written_without_its_picture(tmp_path, monkeypatch, capsys):
     folder = write_evaluation(tmp_path / "ours", [as_measured(line) for line in lines_of(1, 512)[:3]])
-    monkeypatch.setattr(compare, "RESULTS", SimpleNamespace(value=[str(folder)]))
-    monkeypatch.setattr(compare, "OUT", SimpleNamespace(value=str(tmp_path / "out")))
+    monkeypatch.setattr(paper_command, "RESULTS", SimpleNamespace(value=[str(folder)]))
+    monkeypatch.setattr(paper_command, "OUT", SimpleNamespace(value=str(tmp_path / "out")))
     monkeypatch.setattr(extrapolation, "beside_paper", broken)
     with pytest.raises(UserError, match=r"comparison.png could not be drawn"):
-        compare.main()
+        paper_command.main()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["comparison.csv"]
     assert capsys.readouterr().out.endswith(f"written:\n  {tmp_path}/out/comparison.csv\n")
 

@@ -171,7 +171,8 @@ def test_in_use_is_0_where_the_system_does_not_say(system):
 def test_a_process_under_ulimit():
     """A real one: what cannot be allocated is refused by name before it is tried."""
     code = (
-        "from configs import smoke; from wavelet_jax.hardware import memory; from wavelet_jax.training import sizes; from wavelet_jax.errors import UserError\n"
+        "from configs import smoke\nfrom wavelet_jax.errors import UserError\n"
+        "from wavelet_jax.hardware import memory\nfrom wavelet_jax.training import sizes\n"
         "print(*memory.available()); print(memory.in_use() > 2**28)\n"
         "config = smoke.get_config('nope'); sizes.check(config)\n"
         "config.model.d_ff = 2**22\n"

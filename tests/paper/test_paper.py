@@ -9,6 +9,7 @@ import pytest
 from support.results import PAPER, as_measured, lines_of, write_evaluation
 
 from wavelet_jax.errors import UserError
+from wavelet_jax.paper import __main__ as paper_command
 from wavelet_jax.paper import compare
 
 
@@ -130,9 +131,9 @@ def test_two_runs_of_one_row_stay_two():
 
 
 def run_main(monkeypatch, *folders) -> None:
-    monkeypatch.setattr(compare, "RESULTS", SimpleNamespace(value=[str(folder) for folder in folders]))
-    monkeypatch.setattr(compare, "OUT", SimpleNamespace(value=None))
-    compare.main()
+    monkeypatch.setattr(paper_command, "RESULTS", SimpleNamespace(value=[str(folder) for folder in folders]))
+    monkeypatch.setattr(paper_command, "OUT", SimpleNamespace(value=None))
+    paper_command.main()
 
 
 def test_what_cannot_be_set_beside_the_paper_says_why(tmp_path, monkeypatch):

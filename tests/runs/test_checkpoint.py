@@ -364,7 +364,8 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path, warned):
 
 
 def test_a_second_trainer_is_refused(tmp_path):
-    code = "import sys, pathlib; from wavelet_jax.runs import directory\nwith directory.locked(pathlib.Path(sys.argv[1])):\n"
+    code = "import sys, pathlib\nfrom wavelet_jax.runs import directory\n"
+    code += "with directory.locked(pathlib.Path(sys.argv[1])):\n"
     code += "    print('held', flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import StrMethodFormatter
 
-from wavelet_jax.figures.style import COLORS, MARKERS, log_scale, new_figure, plain, plt, save
+from wavelet_jax.figures import style
 
 
 def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
     """Perplexity against evaluation length, one line a method with its interval, training lengths marked."""
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     for i, method in enumerate(_methods(curves)):
         rows = [curve.row() for curve in curves if curve.method == method]
         lengths = [row["length"] for row in rows]
-        colour, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        axes.plot(lengths, [row["perplexity"] for row in rows], color=colour, marker=marker, label=plain(method))
+        colour, marker = style.COLORS[i % len(style.COLORS)], style.MARKERS[i % len(style.MARKERS)]
+        axes.plot(lengths, [row["perplexity"] for row in rows], color=colour, marker=marker, label=style.plain(method))
         axes.fill_between(
             lengths, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=colour, alpha=0.2, lw=0
         )
@@ -24,7 +24,7 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
     axes.set_xscale("log", base=2)
     lengths = sorted({curve.length for curve in curves})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    log_scale(axes, [curve.row()["perplexity"] for curve in curves])
+    style.log_scale(axes, [curve.row()["perplexity"] for curve in curves])
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity a {stamp['unit']}")
     axes.set_title("Perplexity past the training length")
@@ -38,7 +38,7 @@ def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> 
     and a longer block has fewer of them.
     """
     longest = max(curve.length for curve in curves)
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     for i, curve in enumerate(curve for curve in curves if curve.length == longest):
         block = int(curve.positions.max()) + 1
         edges = np.unique(np.round(np.geomspace(1, block + 1, 4 * int(np.ceil(np.log2(block + 1))) + 1)))
@@ -47,8 +47,8 @@ def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> 
             sums, _ = np.histogram(curve.positions + 1, edges, weights=curve.losses.astype(np.float64))
         centres = np.sqrt(edges[:-1] * (edges[1:] - 1).clip(edges[:-1]))
         seen = counts > 0
-        colour = COLORS[i % len(COLORS)]
-        axes.plot(centres[seen], sums[seen] / counts[seen], color=colour, label=plain(curve.method))
+        colour = style.COLORS[i % len(style.COLORS)]
+        axes.plot(centres[seen], sums[seen] / counts[seen], color=colour, label=style.plain(curve.method))
     _mark_training_lengths(axes, curves)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -63,17 +63,19 @@ def beside_paper(pairs: Sequence, path: Path) -> None:
 
     `pairs` are `paper.Pair`s. One row has one colour on both sides; vertical scales differ, as models and texts do.
     """
-    figure, sides = plt.subplots(1, 2, figsize=(12, 5), dpi=120, layout="constrained", sharex=True)
+    figure, sides = style.plt.subplots(1, 2, figsize=(12, 5), dpi=120, layout="constrained", sharex=True)
     for i, row in enumerate(dict.fromkeys(pair.ours.row for pair in pairs)):
-        colour, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
+        colour, marker = style.COLORS[i % len(style.COLORS)], style.MARKERS[i // len(style.COLORS) % len(style.MARKERS)]
         for axes, side in zip(sides, ("ours", "paper"), strict=True):
             lines = sorted((getattr(pair, side) for pair in pairs if pair.ours.row == row), key=lambda x: x.length)
             multiples = [line.length / line.train_length for line in lines]
-            axes.plot(multiples, [line.perplexity for line in lines], color=colour, marker=marker, label=plain(row))
+            axes.plot(
+                multiples, [line.perplexity for line in lines], color=colour, marker=marker, label=style.plain(row)
+            )
     for axes, title in zip(sides, ("here", "in the paper"), strict=True):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        log_scale(axes, [line.perplexity for pair in pairs for line in (pair.ours, pair.paper)])
+        style.log_scale(axes, [line.perplexity for pair in pairs for line in (pair.ours, pair.paper)])
         axes.axvline(1, color="0.4", ls="--", lw=1, zorder=0)
         axes.set_xlabel("evaluation length over L_train")
         axes.set_title(f"Perplexity {title}")
@@ -82,7 +84,7 @@ def beside_paper(pairs: Sequence, path: Path) -> None:
     tables = ", ".join(str(table) for table in sorted({pair.paper.table for pair in pairs}))
     protocols = ", ".join(sorted({pair.ours.protocol for pair in pairs}))
     note = f"{protocols}; the paper: Oka et al., ICLR 2025, Table {tables}; other models and texts than here"
-    save(figure, path, note)
+    style.save(figure, path, note)
 
 
 def _methods(curves: Sequence) -> list[str]:
@@ -103,4 +105,4 @@ def _finish(figure, axes, stamp: dict[str, object], path: Path) -> None:
     stride = ", ".join(f"{stride:,}" for stride in stamp["stride"])
     note = f"{stamp['protocol']}, stride {stride}; {stamp['tokens_scored']:,} tokens scored at every length; "
     note += f"{stamp['tokenizer']} tokenizer; {stamp['interval']}"
-    save(figure, path, note)
+    style.save(figure, path, note)

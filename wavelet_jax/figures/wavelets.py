@@ -5,57 +5,57 @@ from pathlib import Path
 
 import numpy as np
 
-from wavelet_jax.figures.style import COLORS, new_figure, plt, save
+from wavelet_jax.figures import style
 from wavelet_jax.wavelets import discrete, scale_shift_grid, wavelet_position
 
 
 def wavelets_by_scale(exponents: Sequence[int], path: Path, mother: str = "ricker") -> None:
     """psi(t / a) for a = 2^e, one line a scale: the paper's Figures 4 (e = 0 .. 4) and 5 (e = 5 .. 9)."""
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     reach = 5 * 2.0 ** max(exponents)
     t = np.linspace(-reach, reach, 2001)
     scales = 2.0 ** np.asarray(exponents, np.float32)
     curves = np.asarray(wavelet_position(t, scales, np.zeros_like(scales), mother))
     for i, exponent in enumerate(exponents):
-        axes.plot(t, curves[:, i], color=COLORS[i % len(COLORS)], label=f"$a = 2^{{{exponent}}}$")
+        axes.plot(t, curves[:, i], color=style.COLORS[i % len(style.COLORS)], label=f"$a = 2^{{{exponent}}}$")
     axes.set_xlabel("t - b (tokens)")
     axes.set_ylabel(r"$\psi((t - b) / a)$")
     axes.set_title(f"{mother.capitalize()} wavelets")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    save(figure, path)
+    style.save(figure, path)
 
 
 def mother_wavelets(path: Path, scale: float = 16.0) -> None:
     """The wavelets compared in section 6.3.1 at one scale, b = 0: the paper's Figure 6. Haar is Eq. (15)'s."""
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     t = np.linspace(-3.5 * scale, 3.5 * scale, 2001)
     for i, mother in enumerate(("ricker", "gaussian", "morlet", "haar")):
         curve = np.asarray(wavelet_position(t, np.full(1, scale, np.float32), np.zeros(1, np.float32), mother))[:, 0]
-        axes.plot(t, curve, color=COLORS[i], label=mother.capitalize(), lw=1 if mother == "morlet" else 1.8)
+        axes.plot(t, curve, color=style.COLORS[i], label=mother.capitalize(), lw=1 if mother == "morlet" else 1.8)
     axes.set_xlabel("t (tokens)")
     axes.set_ylabel(r"$\psi(t / a)$")
     axes.set_title(f"Mother wavelets, a = {scale:g}, b = 0")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    save(figure, path)
+    style.save(figure, path)
 
 
 def discrete_wavelets(names: Sequence[str], path: Path, level: int = 10) -> None:
     """psi of discrete wavelets (of decomposition), a panel each: the paper's Figures 9 and 10, drawn at level 10."""
     columns = 5
     rows = -(-len(names) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(11, 1.7 * rows + 0.4), dpi=100, layout="constrained")
+    figure, panels = style.plt.subplots(rows, columns, figsize=(11, 1.7 * rows + 0.4), dpi=100, layout="constrained")
     for axes in panels.flat[len(names) :]:
         axes.axis("off")
     for axes, name in zip(panels.flat, names, strict=False):
         psi = discrete.samples(name, level)
-        axes.plot(np.arange(len(psi)) / 2**level, psi, color=COLORS[0], lw=1)
+        axes.plot(np.arange(len(psi)) / 2**level, psi, color=style.COLORS[0], lw=1)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
     figure.suptitle(f"Discrete wavelets, level {level}, by PyWavelets", fontsize=11)
-    save(figure, path)
+    style.save(figure, path)
 
 
 def position_tables(tables: dict[str, tuple[np.ndarray, Sequence[str]]], path: Path) -> None:
@@ -64,7 +64,7 @@ def position_tables(tables: dict[str, tuple[np.ndarray, Sequence[str]]], path: P
     Args:
       tables: title -> (p [T, D] for t = 0 .. T - 1, names of equal groups of dimensions from the first on, say scales).
     """
-    figure, panels = plt.subplots(
+    figure, panels = style.plt.subplots(
         1, len(tables), figsize=(5.2 * len(tables), 4.2), dpi=100, layout="constrained", squeeze=False
     )
     for axes, (title, (table, groups)) in zip(panels[0], tables.items(), strict=True):
@@ -78,7 +78,7 @@ def position_tables(tables: dict[str, tuple[np.ndarray, Sequence[str]]], path: P
         axes.set_xlabel("t = m - n (tokens)")
         axes.set_title(title)
         figure.colorbar(image, ax=axes)
-    save(figure, path)
+    style.save(figure, path)
 
 
 def paper_wavelets(out: Path) -> list[Path]:

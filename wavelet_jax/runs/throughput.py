@@ -28,7 +28,7 @@ def matrix_parameters(config: ConfigDict, vocab_size: int) -> int:
 
 
 def update_flops(config: ConfigDict, vocab_size: int) -> float:
-    """FLOPs that one update of the model needs: those by which model FLOPs utilisation (MFU) is stated.
+    """FLOPs that one update of the model needs: those by which model FLOPs utilization (MFU) is stated.
 
     6 N T for T tokens and the N of `matrix_parameters` (2 forward, 4 backward), and 12 H D a layer for every pair of a
     query and a key that it sees, L (L + 1) / 2 a window of L: two products of D, three times. As Chowdhery et al.
