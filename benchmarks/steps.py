@@ -108,7 +108,7 @@ def x_transformers(
     import torch
 
     torch.set_num_threads(measure.threads())
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(config.train.model_seed)
     device = "cpu"
     if jax.default_backend() == "gpu":
         device = "cuda"

@@ -8,9 +8,13 @@ supplies a default: what a run does is what its config says, and `workdir/config
 
 from ml_collections import ConfigDict
 
+from wavelet_jax import positions
+from wavelet_jax.config import upgrade
+
 
 def get_config(method: str = "wavelet") -> ConfigDict:
     config = ConfigDict()
+    config.config_version = upgrade.VERSION  # of the layout of these keys; see wavelet_jax/config/upgrade.py
 
     # --- Text -> tokens ------------------------------------------------------------------------------------------
     config.data = data = ConfigDict()
@@ -31,6 +35,7 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     data.vocab_size = 0  # word: the most frequent kept, 0 for all; bpe: the size to train; sentencepiece: 0
     data.cache_dir = "~/.cache/wavelet_jax"  # tokenised corpora, shared by runs
     data.packing = "none"  # none: attention crosses the ends of documents | documents: it stays inside of each
+    data.seed = 0  # of the order of training windows
     data.threads = 8  # that read TFDS records and tokenise
     data.prefetch = 2  # batches made ahead of the update that takes them; 0: none
 
@@ -62,36 +67,13 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     model.remat = "none"  # none | dots | attention | block, from most memory to least
     model.attention_backend = "auto"  # auto, or one of wavelet_jax.attention.BACKENDS
 
-    # --- Position: the method, and all methods' options (each reads those that are its own) -----------------------
-    config.position = position = ConfigDict()
-    position.method = method  # one of wavelet_jax.positions.METHODS
-    position.mother = "ricker"  # wavelet: ricker | gaussian | morlet | haar | haar_standard
-    position.num_scales = 8  # wavelet: s of Eq. (13); divides head_dim
-    position.first_exponent = 0  # wavelet: scales 2^e .. 2^(e+s-1); the paper's long-context runs take 2
-    position.scales = ()  # wavelet: a grid of your own, D numbers each; empty: Eq. (13)'s
-    position.shifts = ()  # wavelet: their shifts, in tokens
-    position.t_sign = "m-n"  # wavelet, discrete_wavelet: m-n (Eq. 14) | n-m (footnote 8)
-    position.trainable = False  # wavelet: train scales and shifts
-    position.support_tolerance = 1e-4  # wavelet: what Terms.support is stated for; 0: no support is stated
-    position.wavelet = "db2"  # discrete_wavelet: a discrete wavelet of PyWavelets, as in Table 4
-    position.num_levels = 8  # discrete_wavelet: levels in the place of scales; divides head_dim
-    position.first_level = 1  # discrete_wavelet: levels l .. l + num_levels - 1
-    position.sampling = "level"  # discrete_wavelet: level: the samples of each level | fine: psi((t - b) / 2^level)
-    position.origin = "start"  # discrete_wavelet: what stands at t = b: start | centre (of the support)
-    position.theta = 10000.0  # rope, sinusoidal, transformer_xl: base of the frequencies, 1 or more
-    position.layout = "half_split"  # rope: half_split | interleaved
-    position.clip_distance = 64  # shaw: farther keys share a vector
-    position.values = False  # shaw: the value side too
-    position.num_buckets = 32  # t5
-    position.max_distance = 128  # t5: all beyond share the last bucket
-    position.bidirectional = False  # t5: keys after the query have buckets of their own
-    position.max_positions = 2048  # learned: rows of the table; longer sequences are refused
-    position.d_model = model.get_oneway_ref("d_model")  # absolute and transformer_xl: width of their vectors
+    # --- Position: the method and its own options, which are fields of its class in wavelet_jax/positions/ -----------
+    config.position = ConfigDict(positions.config(method))
 
     # --- Training --------------------------------------------------------------------------------------------------
     config.train = train = ConfigDict()
     train.steps = 1000  # optimizer updates
-    train.seed = 0  # of parameters, dropout and the order of windows; below 2^32, as all seeds
+    train.model_seed = 0  # of parameters and dropout; below 2^32, as all seeds
     train.length = 128  # tokens in a window, L_train
     train.batch_size = 32  # windows an update, all devices and accumulation together
     train.accumulation = 1  # an update is made of this many equal parts, one after another, for memory
@@ -150,3 +132,17 @@ def get_config(method: str = "wavelet") -> ConfigDict:
 
     config.lock()  # a misspelt key is an error, also in the files that change some of these
     return config
+
+
+def set_position(config: ConfigDict, **options: object) -> None:
+    """Sets those of the options that the config's position method has, for configs with a variant per method.
+
+    Raises:
+      UserError: an option that no method has.
+    """
+    method = config.position.method
+    for option, value in options.items():
+        if option in config.position:
+            config.position[option] = value
+        elif not any(option in positions.config(other) for other in positions.METHODS):
+            raise positions.unknown_option(method, option)

@@ -14,7 +14,7 @@ from configs import default
 def get_config(method: str = "wavelet") -> ConfigDict:
     config = default.get_config(method)
     config.model.update(num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64)
-    config.position.max_positions = 256
+    default.set_position(config, max_positions=256)
     config.train.update(steps=40, length=64, batch_size=8)
     # A constant learning rate: the run can be made longer by --config.train.steps alone.
     config.optimizer.update(schedule="constant", warmup_steps=5, decay_steps=0)

@@ -300,9 +300,20 @@ def test_bad_training_input(data_flags, tmp_path, text_files):
     short = text_files / "00.txt"
     cases = {
         "unknown position method 'ropee': did you mean 'rope'?": [f"{smoke}:ropee", *data_flags],
-        "unknown position method 'alib': did you mean 'alibi'?": [
+        "position.method: the method is chosen by the variant": [
             smoke,
-            "--config.position.method=alib",
+            "--config.position.method=alibi",
+            *data_flags,
+        ],
+        "theta is an option of rope, transformer_xl, sinusoidal, not of wavelet": [
+            smoke,
+            "--config.position.theta=3",
+            *data_flags,
+        ],
+        "--config.position.mother is set for all variants, but rope have no such key": [
+            smoke,
+            "--config.compare.variants=('wavelet', 'rope')",
+            "--config.position.mother=haar",
             *data_flags,
         ],
         "unknown config key 'position.teta': did you mean 'position.theta'?": [
@@ -368,8 +379,8 @@ def test_workdir_of_another_config_is_left_alone(whole_runs, data_flags):
     workdir = whole_runs[0] / "wavelet"
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     flags = [f"--config={ROOT}/configs/smoke.py:alibi", f"--workdir={workdir}", *data_flags]
-    line = refused("train.py", *flags, "--config.train.seed=3")
-    assert "position.method (wavelet there, alibi here), train.seed (0 there, 3 here)" in line
+    line = refused("train.py", *flags, "--config.train.model_seed=3")
+    assert "position.method (wavelet there, alibi here), train.model_seed (0 there, 3 here)" in line
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 

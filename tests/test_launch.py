@@ -9,7 +9,7 @@ import yaml
 from support.project import ROOT
 
 from configs import default
-from wavelet_jax.runs import directory
+from wavelet_jax.config import keys
 
 PAGE = (ROOT / "docs" / "launch.md").read_text()
 BASH = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -77,25 +77,25 @@ def commands() -> list[str]:
 
 def test_flags_and_keys_of_the_commands_exist():
     assert len(commands()) >= 8
-    keys, known = set(directory.flatten(default.get_config())), flags()
+    there, known = set(keys.json_values(default.get_config())), flags()
     assert {"config", "workdir", "compile_only", "nocompile_only", "topology", "profile_steps"} <= known
     for command in commands():
         for flag in re.findall(r"(?:^|\s)--([\w.]+)", command):
             if flag.startswith("config."):
-                assert flag.removeprefix("config.") in keys, flag
+                assert flag.removeprefix("config.") in there, flag
             else:
                 assert flag in known, flag
 
 
 def test_flags_and_keys_of_the_text_exist():
-    keys = set(directory.flatten(default.get_config()))
+    there = set(keys.json_values(default.get_config()))
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     ours = flags()
     others = {"signal", "worker"}  # of sbatch and gcloud
     for flag in re.findall(r"`--([\w]+)", text):
         assert flag in ours | others, flag
     for key in re.findall(rf"`(?:config\.)?((?:{'|'.join(default.get_config())})\.\w+)`", text):
-        assert key in keys or key == "train.py", key
+        assert key in there or key == "train.py", key
 
 
 def test_configs_of_the_commands_exist():

@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     layers, width, heads, d_ff = SIZES[size]
     config.model.update(num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads)
     config.model.update(head_dim=width // heads, d_ff=d_ff, tied_head=False, dtype="bfloat16", remat="block")
-    config.position.update(first_exponent=2, theta=5e5, max_positions=4096)
+    default.set_position(config, first_exponent=2, theta=5e5, max_positions=4096)
     config.train.update(steps=30_000, length=4096, batch_size=1, logits_chunk=512)
     config.optimizer.learning_rate = 3e-4  # with b1 0.9 and b2 0.95, the paper's; the schedule is ours
     config.eval.sequences = 100
@@ -72,12 +72,12 @@ def get_config(variant: str = "") -> ConfigDict:
     if scale:
         config.train.update(batch_size=POD, logits_chunk=512 * POD)  # 512 tokens a chip, where each has a window
     if scale == "32k":
-        config.position.max_positions = 32768
+        default.set_position(config, max_positions=32768)
         config.train.update(length=32768, batch_size=POD // 8)
     if size in ("10m", "small"):  # for CPUs too
         config.model.dtype = "float32"
     if size == "small":
-        config.position.max_positions = 2048
+        default.set_position(config, max_positions=2048)
         config.train.update(steps=500, length=256, batch_size=8, logits_chunk=256)
         config.checkpoint.every = config.eval.every = 250
         config.eval.update(windows=32, sequences=20)

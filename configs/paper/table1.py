@@ -77,8 +77,9 @@ def get_config(variant: str = "") -> ConfigDict:
     if row and row not in ROWS:
         names = [f"{size}{name}{length}" for size in ("", "small_") for name in ROWS for length in ("", "_1024")]
         raise unknown("variant of configs/paper/table1.py", variant, ["1024", "small", "small_1024", *names])
-    config = section6(small, long)
-    config.position.update(ROWS[row or "wavelet_ricker"])
+    position = ROWS[row or "wavelet_ricker"]
+    config = section6(position["method"], small, long)
+    config.position.update(position)
     if row == "wavelet_haar_fixed_scale":  # every scale 2^0, and the other rows' shifts: the paper does not state them
         shifts = config.model.head_dim // 8
         config.position.scales = (1.0,) * config.model.head_dim
@@ -90,9 +91,9 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def section6(small: bool, long: bool = False) -> ConfigDict:
-    """The model, training and evaluation of section 6, with L_train 512, or 1,024 where `long`; the method is left."""
-    config = default.get_config()
+def section6(method: str, small: bool, long: bool = False) -> ConfigDict:
+    """The model, training and evaluation of section 6 for a method, with L_train 512, or 1,024 if `long`."""
+    config = default.get_config(method)
     config.data.update(source="tfds:wikitext/wikitext103", tokenizer="word")
     config.model.update(num_layers=16, d_model=1024, num_heads=8, num_kv_heads=8, head_dim=128, d_ff=4096)
     config.model.update(norm="layer", activation="relu", use_bias=True, final_norm=False)
@@ -117,5 +118,5 @@ def section6(small: bool, long: bool = False) -> ConfigDict:
         config.checkpoint.every = 250
         config.eval.update(every=250, windows=128, max_tokens=65_536)
     config.compare.lengths = LENGTHS[config.train.length]
-    config.position.max_positions = max(config.compare.lengths)
+    default.set_position(config, max_positions=max(config.compare.lengths))
     return config

@@ -291,7 +291,6 @@ def test_a_decoder_reads_into_a_short_cache(chunks):
     """256 tokens and a little more room: the same hidden states as without a cache."""
     config = smoke.get_config("rope")
     config.model.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16)
-    config.position.d_model = 16
     model = Decoder(config, 50, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 50, (1, sum(chunks)))
     graph, params = nnx.split(model)

@@ -34,6 +34,10 @@ FILES = {
     "nothing": "x = 1\n",
     "imports": "\nimport no_such_module\n",
     "none": "def get_config():\n    pass\n",
+    "foreign": (
+        "from configs import default\ndef get_config():\n    config = default.get_config('alibi')\n"
+        "    config.position.theta = 3.0\n    return config\n"
+    ),
     "alone": "def get_config():\n    return 1\n",
 }
 # (arguments, what is said); FOLDER is that of the files above.
@@ -75,7 +79,28 @@ CASES = [
     (["--config=FOLDER/none.py"], "get_config of the config file FOLDER/none.py returned NoneType, not a ConfigDict"),
     (["--config=FOLDER/alone.py:x"], r"the config file FOLDER/alone.py: TypeError: get_config\(\) takes 0 .*"),
     (["--config=FOLDER/alone.py"], "get_config of the config file FOLDER/alone.py returned int, not a ConfigDict"),
-    ([SMOKE.replace("rope", "roppe"), "--config.position.mother=x"], None),  # refused when the method is made
+    ([SMOKE.replace("rope", "roppe")], "unknown position method 'roppe': did you mean 'rope'?.*"),
+    ([SMOKE, "--config.position.theta=1"], None),  # refused when the method is made
+    (
+        [SMOKE, "--config.position.mother=haar"],
+        "mother is an option of wavelet, not of rope, whose options are theta, layout",
+    ),
+    (
+        [SMOKE.replace("rope", "wavelet"), "--config.position.theta=3"],
+        "theta is an option of rope, transformer_xl, sinusoidal, not of wavelet, whose options are mother, .*",
+    ),
+    ([SMOKE.replace("rope", "nope"), "--config.position.theta=3"], ".*, not of nope, which has no options"),
+    (
+        [SMOKE, "--config.position.method=alibi"],
+        "--config.position.method: the method is chosen by the variant: --config=FILE.py:METHOD",
+    ),
+    (
+        [SMOKE, "--config.train.seed=3"],
+        r"--config.train.seed: there are two seeds, train.model_seed .* and data.seed .*",
+    ),
+    ([SMOKE, "--config.position.d_model=3"], "--config.position.d_model: it is always model.d_model: set that"),
+    ([SMOKE, "--config.config_version=1"], "--config.config_version: it is that of this code, .*"),
+    (["--config=FOLDER/foreign.py"], r".*foreign.py, line 4: .*\(theta is an option of rope, .*\)"),
     ([SMOKE, "--workdri=x"], "unknown flag --workdri: did you mean --workdir?"),
     ([SMOKE, "--qqqqqqq"], "unknown flag --qqqqqqq: --help lists those that there are"),
     ([SMOKE, "--num_processes=two"], "--num_processes=two: it takes a whole number"),

@@ -20,7 +20,7 @@ from configs.paper import llama2, table1, table3, table4
 from wavelet_jax import positions, ranges
 from wavelet_jax.analysis import receptive_field, report
 from wavelet_jax.commands import cli
-from wavelet_jax.config import numeric_keys
+from wavelet_jax.config import keys, numeric_keys
 from wavelet_jax.data import Windows, tokenizers
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import evaluate
@@ -60,6 +60,7 @@ EXPECTED = {
         *(FINITE, NO_FLOAT),
     ),
     "data.vocab_size": NOT_NEGATIVE,
+    "data.seed": NOT_NEGATIVE,
     "data.threads": (LEAST_1, LEAST_1, "{key} must be at least 1 and at most 1024, not {value}", *NOT_WHOLE),
     "data.prefetch": (LEAST_0, None, "{key} must be at least 0 and at most 1024, not {value}", *NOT_WHOLE),
     "model.num_layers": (LEAST_1, LEAST_1, "{key} must be at least 1 and at most 10000, not {value}", *NOT_WHOLE),
@@ -118,9 +119,8 @@ EXPECTED = {
         *("max_positions must be at least 1, not -1", "max_positions must be at least 1, not 0"),
         *(TOO_LARGE, *NOT_WHOLE),
     ),
-    "position.d_model": ("must be model.d_model",) * 3 + NOT_WHOLE,
     "train.steps": POSITIVE,
-    "train.seed": NOT_NEGATIVE,
+    "train.model_seed": NOT_NEGATIVE,
     "train.length": SIZE,
     "train.batch_size": SIZE,
     "train.accumulation": (LEAST_1, LEAST_1, "must be a multiple of 1000000000: {key}", *NOT_WHOLE),
@@ -210,11 +210,14 @@ def is_number(value: object) -> bool:
 
 
 def numeric_keys_of(config: ConfigDict) -> set[str]:
-    """Keys that hold a number, or several: every tuple of a config does, but compare.variants."""
+    """Keys that hold a number, or several: every tuple of a config does, but compare.variants.
+
+    The version of a config is not the user's to set.
+    """
     return {
         key
-        for key, value in directory.flatten(config).items()
-        if is_number(value) or (isinstance(value, list) and key != "compare.variants")
+        for key, value in keys.json_values(config).items()
+        if key not in ("compare.variants", "config_version") and (is_number(value) or isinstance(value, list))
     }
 
 
@@ -233,10 +236,10 @@ def is_refused(config: ConfigDict) -> bool:
     return False
 
 
-def parsed(monkeypatch, *arguments: str) -> ConfigDict:
+def parsed(monkeypatch, *arguments: str, method: str = "wavelet") -> ConfigDict:
     """The config of a command line, parsed as the commands do it."""
     values = flags.FlagValues()
-    argv = ["train.py", f"--config={ROOT}/configs/default.py", *arguments]
+    argv = ["train.py", f"--config={ROOT}/configs/default.py:{method}", *arguments]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     monkeypatch.setattr(flags, "FLAGS", values)
     cli._parse(argv)
@@ -245,7 +248,13 @@ def parsed(monkeypatch, *arguments: str) -> ConfigDict:
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_the_table_has_every_numeric_key_of_every_config(name, variant):
-    assert numeric_keys_of(CONFIGS[name].get_config(variant)) == set(EXPECTED)
+    config = CONFIGS[name].get_config(variant)
+    assert numeric_keys_of(config) == {key for key in EXPECTED if key in keys.flatten(config)}
+
+
+def test_the_table_has_no_other_keys():
+    by_method = (keys.flatten(default.get_config(method)) for method in positions.METHODS)
+    assert set(EXPECTED) <= set().union(*by_method)
 
 
 def test_every_file_of_configs_is_tried():
@@ -262,12 +271,11 @@ def test_every_numeric_key_has_a_range_or_is_checked_by_a_method():
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections calls it
 @pytest.mark.parametrize("key", EXPECTED)
 def test_what_is_accepted_and_what_is_refused_with_which_line(key, monkeypatch):
-    kind = type(directory.flatten(default.get_config())[key])
+    kind = type(keys.json_values(default.get_config(READ_BY.get(key, "wavelet")))[key])
     for value, expected in zip(VALUES, EXPECTED[key], strict=True):
-        method = [f"--config.position.method={READ_BY[key]}"] if key in READ_BY else []
         given = f"({value},)" if kind is list and value not in ("nan", "inf", "word") else value
         try:
-            config = parsed(monkeypatch, f"--config.{key}={given}", *method)
+            config = parsed(monkeypatch, f"--config.{key}={given}", method=READ_BY.get(key, "wavelet"))
             refuse(config)
         except UserError as error:
             said = str(error)
@@ -284,9 +292,10 @@ def test_other_configs_refuse_the_same(name, variant):
     config = CONFIGS[name].get_config(variant)
     refuse(config)
     for key, expected in EXPECTED.items():
+        if key not in keys.flatten(config):
+            continue
         section, option = key.split(".")
-        kept, method = config[section][option], config.position.method
-        config.position.method = READ_BY.get(key, "wavelet")
+        kept = config[section][option]
         for value, refused in zip(VALUES, expected, strict=True):
             refused = refused is not None
             for holds, others in IN_SOME:
@@ -299,7 +308,6 @@ def test_other_configs_refuse_the_same(name, variant):
             assert is_refused(config) == refused, (key, value)
         with config.ignore_type():
             config[section][option] = kept
-        config.position.method = method
     refuse(config)
 
 
@@ -436,7 +444,7 @@ def test_no_two_seeds_share_parameters_dropout_or_windows():
     config = default.get_config()
     seeds = (0, 1, 2**31, 2**32 - 1)
     keys = []
-    for config.train.seed in seeds:
+    for config.train.model_seed in seeds:
         keys.append(tuple(np.asarray(jax.random.key_data(steps.seed_key(config))).tolist()))
     assert len(set(keys)) == len(seeds)
     tokens = np.arange(1000, dtype=np.uint16)
@@ -444,11 +452,11 @@ def test_no_two_seeds_share_parameters_dropout_or_windows():
     orders = {Windows(tokens, 10, seed).batch(0, 50).tobytes() for seed in wide}
     assert len(orders) == len(wide)
     for seed in (-1, 2**63, math.nan):
-        with pytest.raises(UserError, match=r"config\.train\.seed, must be"):
+        with pytest.raises(UserError, match=r"config\.data\.seed, must be"):
             Windows(tokens, 10, seed)
     for seed in (2**32, 2**32 + 1, -1):
-        config.train.seed = seed
-        with pytest.raises(UserError, match=r"train\.seed must be"):
+        config.train.model_seed = seed
+        with pytest.raises(UserError, match=r"train\.model_seed must be"):
             steps.seed_key(config)
 
 
@@ -456,7 +464,7 @@ def test_no_two_seeds_share_parameters_dropout_or_windows():
 def test_what_a_seed_draws_is_as_it_always_was(seed):
     """The keys of `nnx.Rngs(seed)`, of which the decoder draws one for each array, and `jax.random.key(seed)`."""
     config = default.get_config()
-    config.train.seed = seed
+    config.train.model_seed = seed
     key = steps.seed_key(config)
     assert key == jax.random.key(seed)
     ours, before = nnx.Rngs(key), nnx.Rngs(seed)
@@ -472,7 +480,8 @@ def test_what_a_seed_draws_is_as_it_always_was(seed):
 def test_parameters_are_counted_as_they_are_made(name, variant, method):
     config = CONFIGS[name].get_config(variant)
     config.model.num_layers = 2  # shapes of many layers take long
-    config.position.method = method or config.position.method
+    if method:
+        config.position = ConfigDict(positions.config(method))
     for config.model.use_bias, config.model.final_norm in ((False, True), (True, False)):
         shapes = nnx.eval_shape(lambda: decoder.Decoder(config, 70_000, rngs=nnx.Rngs(0)))
         count = steps.count_parameters(nnx.to_pure_dict(nnx.state(shapes)))
@@ -495,10 +504,6 @@ def test_the_state_is_counted_as_it_is_made(small_config, optimizer):
         ({"model.d_ff": 10**9}, r"most of the parameters are those of the feed-forward layers \(model.num_layers"),
         ({"model.d_model": 10**9}, r"most of the parameters are those of the feed-forward layers"),
         ({"model.num_heads": 2**20}, r"most of the parameters are those of attention"),
-        (
-            {"position.method": "learned", "position.max_positions": 10**9},
-            r".* those of positions \(learned's options\)",
-        ),
         ({"train.length": 10**9}, r"a batch is 32 x 1,000,000,000 tokens \(train.batch_size, length, accumulation\)"),
     ],
 )
@@ -509,6 +514,13 @@ def test_what_cannot_fit_is_refused_in_one_line_that_says_what_it_takes(changes,
         r"^this run needs at least .* GiB of memory: .* for .* parameters and the optimizer's state, .* for tokens "
     )
     with pytest.raises(UserError, match=rf"{pattern}.*; this machine has 256\.0 GiB; {most}"):
+        sizes.check(config)
+
+
+def test_a_table_of_positions_that_cannot_fit_is_refused():
+    config = default.get_config("learned")
+    config.position.max_positions = 10**9
+    with pytest.raises(UserError, match=r"most of the parameters are those of positions \(learned's options\)"):
         sizes.check(config)
 
 

@@ -129,8 +129,8 @@ def test_an_adaptive_vocabulary_and_nag_compute_on_meshes_what_they_do_on_one_de
     compare("wavelet", 10, 0.0, *shapes, changes=changes)
 
 
-def make_config(**mesh):
-    config = smoke.get_config()
+def make_config(method="wavelet", **mesh):
+    config = smoke.get_config(method)
     config.mesh.update(mesh)
     return config
 
@@ -177,8 +177,7 @@ def test_sizes_of_all_axes():
 
 
 def shardings(mesh: AbstractMesh, method: str) -> dict[str, PartitionSpec]:
-    config = make_config()
-    config.position.method = method
+    config = make_config(method)
     _, _, shapes = steps.init(config, 257, sharding.make_mesh(config))
     tree = sharding.tree_shardings(mesh, shapes)
     return {sharding.path_of(path): leaf.spec for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}

@@ -14,6 +14,7 @@ from ml_collections.config_flags.config_flags import is_config_flag
 from tqdm import tqdm
 
 from wavelet_jax.commands import flag_errors, terminal
+from wavelet_jax.config.keys import flatten
 from wavelet_jax.errors import UserError, one_line
 from wavelet_jax.files.reading import user_path
 from wavelet_jax.parallel import processes
@@ -47,8 +48,13 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:
             # A file that cannot be read, or that gives None, is told only when the config is first used.
-            if is_config_flag(flags.FLAGS[name]) and not isinstance(flags.FLAGS[name].value, ConfigDict):
+            if not is_config_flag(flags.FLAGS[name]):
+                continue
+            if not isinstance(flags.FLAGS[name].value, ConfigDict):
                 raise UserError(f"--{name} gives no config")
+            for key in config_flags.get_override_values(flags.FLAGS[name]):
+                if key in flag_errors.NOT_SET:
+                    raise UserError(f"--{name}.{key}: {flag_errors.NOT_SET[key]}")
     except Exception as error:
         raise flag_errors.explain(argv, error) from error
     finally:
@@ -95,6 +101,10 @@ def variants(config: ConfigDict, flag: str) -> dict[str, ConfigDict]:
         raise UserError(f"compare.variants names a variant twice: {', '.join(names)}")
     changes = config_flags.get_override_values(flags.FLAGS[flag])
     configs = {name: flag_errors.load_config(f"{config_file(flag)}:{name}") for name in names}
+    for key in changes:
+        without = [name for name, each in configs.items() if key not in flatten(each)]
+        if without and len(without) < len(configs):
+            raise UserError(f"--{flag}.{key} is set for all variants, but {', '.join(without)} have no such key")
     for each in configs.values():
         for key in changes:
             flag_errors.check_key(each, key, None)

@@ -10,15 +10,23 @@ import runpy
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 from ml_collections.config_flags.config_flags import is_config_flag
 
+from wavelet_jax import positions
+from wavelet_jax.config.keys import flatten
 from wavelet_jax.errors import UserError
 
+# Keys that cannot be set, and what is set instead.
+NOT_SET = {
+    "config_version": "it is that of this code, and the same for all runs",
+    "train.seed": "there are two seeds, train.model_seed (parameters, dropout) and data.seed (order of windows)",
+    "position.d_model": "it is always model.d_model: set that",
+    "position.method": "the method is chosen by the variant: --config=FILE.py:METHOD",
+}
 _TAKES = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple, such as (64, 128)"}
 
 
@@ -72,10 +80,14 @@ def check_key(config: ConfigDict, key: str, value: str | None, flag: str = "conf
       key: with its sections, "train.steps".
       value: as written on the command line; None where it is only asked for the key.
     """
-    keys = list(_flat(config))
-    there = _flat(config, sections=True)
+    if key in NOT_SET:
+        raise UserError(f"--{flag}.{key}: {NOT_SET[key]}")
+    keys = list(flatten(config))
+    there = flatten(config, sections=True)
+    section, _, option = key.rpartition(".")
+    if key not in there and section == "position" and option_of_another(config, option):
+        raise positions.unknown_option(config.position.method, option)
     if key not in there:
-        section = key.rpartition(".")[0]
         hint = "".join(f": did you mean {near!r}?" for near in _nearest(key, keys))
         if isinstance(there.get(section), ConfigDict):
             hint += f"{'' if hint else ':'} {section} has {', '.join(there[section])}"
@@ -85,6 +97,11 @@ def check_key(config: ConfigDict, key: str, value: str | None, flag: str = "conf
     kind = type(there[key]).__name__
     if value is not None and not _parses(kind, value):
         raise UserError(f"--{flag}.{key}={value}: it takes {_TAKES[kind]}")
+
+
+def option_of_another(config: ConfigDict, option: str) -> bool:
+    """Whether a name is an option of position methods other than the config's."""
+    return option not in config.position and any(option in positions.config(name) for name in positions.METHODS)
 
 
 def _check_config_flag(name: str, argv: Sequence[str]) -> None:
@@ -104,7 +121,7 @@ def _check_config_flag(name: str, argv: Sequence[str]) -> None:
     config = load_config(flags.FLAGS[name].default if given is None else given)
     for key, value, argument, following, negated in settings:
         check_key(config, key, value, name)
-        if type(_flat(config)[key]) is bool:
+        if type(flatten(config)[key]) is bool:
             continue
         if negated:
             raise UserError(f"{argument}: only a switch can be negated, and {key} takes a value")
@@ -127,19 +144,10 @@ def _in_config(file: str, error: Exception) -> UserError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = f", line {frames[-1].lineno}" if frames else ""
     said = " ".join(str(error).split())
+    option = re.search(r"[Kk]ey [\"'](\w+)[\"'] does not exist", said)
+    if option and (owners := [name for name in positions.METHODS if option[1] in positions.config(name)]):
+        said += f" ({option[1]} is an option of {', '.join(owners)})"
     return UserError(f"the config file {file}{line}: {type(error).__name__}{': ' * bool(said)}{said}")
-
-
-def _flat(config: ConfigDict, prefix: str = "", sections: bool = False) -> dict[str, Any]:
-    """{"train.steps": 1000, ..}; with the sections themselves too, if asked for."""
-    found = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            found |= {prefix + name: value} if sections else {}
-            found |= _flat(value, f"{prefix}{name}.", sections)
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _nearest(name: str, names: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ _LAYERS = 10_000  # each one is traced and compiled on its own
 RANGES: dict[str, Range] = {
     "data.validation_fraction": Range(0, 1),  # 0 and 1 are for runs with a validation text of their own
     "data.vocab_size": COUNT_OR_NONE,  # what a tokenizer can do with it is for `data.tokenizers.specification`
+    "data.seed": SEED,
     "data.threads": Range(1, _THREADS, whole=True),
     "data.prefetch": Range(0, _THREADS, whole=True),
     "model.num_layers": Range(1, _LAYERS, whole=True),
@@ -30,7 +31,7 @@ RANGES: dict[str, Range] = {
     "model.attention_dropout": FRACTION,
     "model.activation_dropout": FRACTION,
     "train.steps": COUNT,
-    "train.seed": SEED,
+    "train.model_seed": SEED,
     "train.length": COUNT,
     "train.batch_size": COUNT,
     "train.accumulation": COUNT,

@@ -11,42 +11,40 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from wavelet_jax import positions
-from wavelet_jax.config import numeric_keys
+from wavelet_jax.config import numeric_keys, upgrade
+from wavelet_jax.config.keys import flatten
 from wavelet_jax.errors import UserError
 
+NESTED = ("evaluators.",)  # sections of sections, whose names are the user's
 _NUMBERS = tuple[float, ...]  # of whole numbers too, and of lists of them: a grid for every head
-_POSITION = {
-    option: _NUMBERS if isinstance(value, tuple) else type(value)
-    for name in positions.METHODS
-    for option, value in positions.options(name).items()
+
+# Types of values by key, as configs/default.py sets them: texts, flags and lists, ..
+TYPES: dict[str, Any] = {
+    "config_version": int,
+    **dict.fromkeys(("data.source", "data.train_files", "data.validation_files", "data.text_field"), str),
+    **dict.fromkeys(("data.validation_text_field", "data.document", "data.tfds_dir", "data.train_split"), str),
+    **dict.fromkeys(("data.validation_split", "data.tokenizer", "data.tokenizer_file", "data.packing"), str),
+    **dict.fromkeys(("data.cache_dir", "data.missing_text", "data.folder"), str),
+    **dict.fromkeys(("model.norm", "model.activation", "model.vocabulary", "model.initializer", "model.dtype"), str),
+    **dict.fromkeys(("model.remat", "model.attention_backend"), str),
+    **dict.fromkeys(("model.use_bias", "model.final_norm", "model.tied_head", "model.scale_embedding"), bool),
+    **dict.fromkeys(("optimizer.name", "optimizer.schedule"), str),
+    **{"compare.variants": tuple[str, ...], "compare.label": str, "compare.protocol": str},
+    # .. and numbers, which have their ranges in `numeric_keys`.
+    **{key: int if allowed.whole else float for key, allowed in numeric_keys.RANGES.items()},
+    **dict.fromkeys(numeric_keys.EACH, tuple[int, ...]),
 }
 
-# Types of values by section and key, as configs/default.py sets them: texts, flags and lists, ..
-TYPES: dict[str, dict[str, Any]] = {
-    "data": {
-        **dict.fromkeys(("source", "train_files", "validation_files", "text_field", "validation_text_field"), str),
-        **dict.fromkeys(("document", "tfds_dir", "train_split", "validation_split", "tokenizer", "packing"), str),
-        **dict.fromkeys(("tokenizer_file", "cache_dir", "missing_text", "folder"), str),
-    },
-    "model": {
-        **dict.fromkeys(("norm", "activation", "vocabulary", "initializer", "dtype", "remat"), str),
-        **dict.fromkeys(("use_bias", "final_norm", "tied_head", "scale_embedding"), bool),
-        "attention_backend": str,
-    },
-    "position": {"method": str, **_POSITION},
-    "optimizer": {"name": str, "schedule": str},
-    "compare": {"variants": tuple[str, ...], "label": str, "protocol": str},
-}
-# .. and numbers, which have their ranges in `numeric_keys`.
-for _key, _range in numeric_keys.RANGES.items():
-    _section, _name = _key.split(".")
-    TYPES.setdefault(_section, {})[_name] = int if _range.whole else float
-for _key in numeric_keys.EACH:
-    _section, _name = _key.split(".")
-    TYPES.setdefault(_section, {})[_name] = tuple[int, ...]
 
-# Keys that runs of earlier versions did not have, with the value by which those versions did what they did.
-_LATER = {"data.missing_text": "error", "data.folder": ""}
+def types(method: object) -> dict[str, Any]:
+    """`TYPES`, and those of the options of a position method; of none where there is no such method."""
+    known = isinstance(method, str) and method in positions.METHODS
+    options = positions.config(method) if known else {"method": ""}
+    own = {
+        f"position.{option}": _NUMBERS if isinstance(value, tuple) else type(value) for option, value in options.items()
+    }
+    return TYPES | own
+
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", _NUMBERS: "a list of numbers"}
 _NAMES |= {tuple[int, ...]: "a list of whole numbers", tuple[str, ...]: "a list of texts"}
@@ -75,30 +73,40 @@ class SavedConfig(ConfigDict):
 
 
 def of_tree(tree: Any, path: Path) -> SavedConfig:
-    """The config of what a config.json holds.
+    """The config of what a config.json holds, in the present layout (`upgrade`).
 
     Raises:
-      UserError: it is not sections of keys, or a value is not of its key's type; says so without naming the file.
+      UserError: it is not sections of keys, is of a later version, or a value is not of its key's type; says so
+        without naming the file.
     """
     if not isinstance(tree, dict):
         raise UserError(f"it holds {_described(tree)}, not sections of keys")
-    config = SavedConfig().of(path)
     for section, values in tree.items():
         _check_name(section)
-        if not isinstance(values, dict):
+        if section != "config_version" and not isinstance(values, dict):
             raise UserError(f"section {section!r} is {_described(values)}, not keys and values")
-        for key, value in values.items():
-            _check_name(key)
-            _check_value(section, key, value)
-        later = {key.partition(".")[2]: value for key, value in _LATER.items() if key.startswith(f"{section}.")}
-        made = later | {key: _tuples(value) for key, value in values.items()}
-        config[section] = SavedConfig(made).of(path, f"{section}.")
-    return config
+    tree = upgrade.upgrade(tree)
+    position = tree.get("position")
+    return _section(tree, types(position.get("method") if isinstance(position, dict) else None), path, "")
+
+
+def _section(tree: dict, kinds: dict[str, Any], path: Path, prefix: str) -> SavedConfig:
+    made = {}
+    for name, value in tree.items():
+        _check_name(name)
+        key = prefix + name
+        if isinstance(value, dict) and prefix in ("", *NESTED):
+            made[name] = _section(value, kinds, path, f"{key}.")
+        else:
+            _check_value(key, value, _kind(key, kinds))
+            made[name] = _tuples(value)
+    return SavedConfig(made).of(path, prefix)
 
 
 def unread(config: ConfigDict) -> list[str]:
     """The keys of a config that this version does not have."""
-    return [f"{section}.{key}" for section in config for key in config[section] if key not in TYPES.get(section, {})]
+    kinds = types(config.position.method)
+    return [key for key in flatten(config) if _kind(key, kinds) is None]
 
 
 def _check_name(name: str) -> None:
@@ -106,12 +114,17 @@ def _check_name(name: str) -> None:
         raise UserError(f"{name!r} cannot be the name of a section or key")
 
 
-def _check_value(section: str, key: str, value: Any) -> None:
-    kind = TYPES.get(section, {}).get(key)
+def _kind(key: str, kinds: dict[str, Any]) -> Any:
+    """The type of a key, or None if there is no such key. Names of sections inside of `NESTED` are the user's."""
+    section, _, rest = key.partition(".")
+    return kinds.get(f"{section}.*.{rest.partition('.')[2]}" if f"{section}." in NESTED else key)
+
+
+def _check_value(key: str, value: Any, kind: Any) -> None:
     fits = _is_plain(value) if kind is None else _fits(value, kind)
     if not fits:
         wanted = _NAMES.get(kind, "a plain value or a list of them")
-        raise UserError(f"{section}.{key} is {_described(value)}, not {wanted}")
+        raise UserError(f"{key} is {_described(value)}, not {wanted}")
 
 
 def _fits(value: Any, kind: type) -> bool:

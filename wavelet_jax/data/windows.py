@@ -37,7 +37,7 @@ class Windows:
         """
         if length < 1:
             raise UserError(f"a window holds at least 1 token, not {length}: set config.train.length")
-        _SEED.check("the seed of the shuffle, config.train.seed,", seed)
+        _SEED.check("the seed of the shuffle, config.data.seed,", seed)
         if len(tokens) < length + 1:
             raise UserError(
                 f"the text has {len(tokens)} tokens, and a window of {length} needs {length + 1}: lower "
@@ -73,7 +73,7 @@ def train_windows(config, corpus) -> Windows:
     """The windows that a run trains on. Raises `UserError` as `Windows` does, and for an unknown packing."""
     check_packing(config)
     ends = corpus.train_ends if config.data.packing == "documents" else None
-    return Windows(corpus.train, config.train.length, config.train.seed, ends)
+    return Windows(corpus.train, config.train.length, config.data.seed, ends)
 
 
 def check_packing(config) -> None:

@@ -43,14 +43,18 @@ Cache = tuple[list[tuple[jax.Array, jax.Array]], jax.Array]
 
 
 def make_position(config: ConfigDict) -> positions.PositionMethod:
-    """The position method of a config: the options that are the method's, out of `config.position`."""
+    """The position method of `config.position`, in the sizes of `config.model`.
+
+    Raises:
+      UserError: an unknown method, an option of another method, or a value that the method refuses.
+    """
     method = config.position.method
-    return positions.make(
-        method,
-        num_heads=config.model.num_heads,
-        head_dim=config.model.head_dim,
-        **{option: config.position[option] for option in positions.options(method)},
-    )
+    own = [option for option in positions.config(method) if option != "method"]
+    for option in config.position:
+        if option not in (*own, "method"):
+            raise positions.unknown_option(method, option)
+    sizes = {name: config.model[name] for name in positions.OF_THE_MODEL if name in positions.fields(method)}
+    return positions.make(method, **sizes, **{option: config.position[option] for option in own})
 
 
 class Block(nnx.Module):
@@ -359,8 +363,6 @@ def check(config: ConfigDict) -> None:
             raise unknown(f"model.{name}", config.model[name], allowed)
     if config.model.vocabulary == "adaptive" and not config.model.tied_head:
         raise UserError("model.vocabulary 'adaptive' ties its softmax to its input: set model.tied_head to True")
-    if config.position.d_model != config.model.d_model:
-        raise UserError(f"position.d_model {config.position.d_model} must be model.d_model {config.model.d_model}")
     if config.model.num_heads % config.model.num_kv_heads:
         raise UserError(
             f"model.num_kv_heads {config.model.num_kv_heads} must divide model.num_heads {config.model.num_heads}"

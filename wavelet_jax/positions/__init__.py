@@ -14,7 +14,17 @@ from wavelet_jax.positions.terms import PositionMethod, Terms
 from wavelet_jax.positions.transformer_xl import TransformerXL
 from wavelet_jax.positions.wavelet import Wavelet
 
-__all__ = ["METHODS", "PositionMethod", "Terms", "make", "options"]
+__all__ = [
+    "METHODS",
+    "OF_THE_MODEL",
+    "PositionMethod",
+    "Terms",
+    "config",
+    "fields",
+    "make",
+    "options",
+    "unknown_option",
+]
 
 METHODS: dict[str, type[PositionMethod]] = {
     "wavelet": Wavelet,
@@ -30,15 +40,40 @@ METHODS: dict[str, type[PositionMethod]] = {
 }
 
 
-def options(name: str) -> dict[str, object]:
-    """The options of a method and their defaults. Raises `UserError` for an unknown method."""
+def fields(name: str) -> list[str]:
+    """The names of all fields of a method's class. Raises `UserError` for an unknown method."""
     if name not in METHODS:
         raise unknown("position method", name, METHODS)
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(METHODS[name])
-        if field.name not in ("num_heads", "head_dim")
-    }
+    return [field.name for field in dataclasses.fields(METHODS[name])]
+
+
+# Fields of methods that a model decides: they are arguments of `make`, and no keys of a config.
+OF_THE_MODEL = ("num_heads", "head_dim", "d_model")
+
+
+def options(name: str) -> dict[str, object]:
+    """The options of a method and their defaults, as `make` takes them. Raises `UserError` for an unknown method."""
+    taken = ("num_heads", "head_dim")
+    return {field: METHODS[name].__dataclass_fields__[field].default for field in fields(name) if field not in taken}
+
+
+def config(name: str) -> dict[str, object]:
+    """The section `position` of a config: the method's name, and its own options with their defaults.
+
+    Left out are the fields that the model decides (`OF_THE_MODEL`). Raises `UserError` for an unknown method.
+    """
+    own = {option: default for option, default in options(name).items() if option not in OF_THE_MODEL}
+    return {"method": name, **own}
+
+
+def unknown_option(name: str, option: str) -> UserError:
+    """A `UserError` for an option that a method does not have: the methods that do, or else the nearest name."""
+    own = [each for each in config(name) if each != "method"]
+    others = [method for method in METHODS if option in config(method)]
+    if not others:
+        return unknown(f"option of {name}", option, own)
+    has = f"whose options are {', '.join(own)}" if own else "which has no options"
+    return UserError(f"{option} is an option of {', '.join(others)}, not of {name}, {has}")
 
 
 def make(name: str, *, num_heads: int, head_dim: int, **method_options) -> PositionMethod:
@@ -57,7 +92,7 @@ def make(name: str, *, num_heads: int, head_dim: int, **method_options) -> Posit
     allowed = options(name)
     for option, value in method_options.items():
         if option not in allowed:
-            raise unknown(f"option of {name}", option, allowed)
+            raise unknown_option(name, option)
         if isinstance(allowed[option], bool) and not isinstance(value, bool):  # numbers are checked by their ranges
             raise UserError(f"{name}'s {option} must be True or False, not {shown(value)}")
     return METHODS[name](num_heads=num_heads, head_dim=head_dim, **method_options)

@@ -2,16 +2,15 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from wavelet_jax.config import saved
+from wavelet_jax.config.keys import json_values
 from wavelet_jax.errors import UserError, check_local
 from wavelet_jax.files import atomic, reading
 from wavelet_jax.parallel import processes
@@ -30,23 +29,19 @@ FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.t
 FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text", "data.folder")
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{"train.steps": 1000, ..}, values as JSON has them (lists for tuples)."""
-    tree = json.loads(config.to_json())
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-
-
 def check_config(workdir: Path, config: ConfigDict) -> None:
     """Raises `UserError` where `workdir` is not a folder, or holds a run whose config differs past `FREE_KEYS`."""
     check_folder(workdir)
     if not (workdir / "config.json").exists():
         return
-    there, here = flatten(load_config(workdir)), flatten(config)
+    there, here = json_values(load_config(workdir)), json_values(config)
     changed = [
         f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and not key.startswith(FREE_KEYS)
     ]
+    if there.get("position.method") != here["position.method"]:  # whose options are other keys
+        changed = [line for line in changed if not line.startswith("position.") or line.startswith("position.method ")]
     if changed:
         raise UserError(
             f"{workdir} holds a run with another config: {', '.join(changed)}; "
@@ -60,7 +55,7 @@ def check_processes(config: ConfigDict, fingerprint: str) -> None:
     How a host comes by the corpus is its own.
     """
     own = tuple(key for key in FREE_KEYS if key.startswith("data."))
-    shared = {key: value for key, value in flatten(config).items() if not key.startswith(own)}
+    shared = {key: value for key, value in json_values(config).items() if not key.startswith(own)}
     processes.check_same({**shared, "the corpus": fingerprint[:12]})
 
 

@@ -122,14 +122,14 @@ def _make_state(config: ConfigDict, vocab_size: int) -> State:
 
 
 def seed_key(config: ConfigDict) -> jax.Array:
-    """The random key of `config.train.seed`, from which parameters and dropout are drawn.
+    """The random key of `config.train.model_seed`, from which parameters and dropout are drawn.
 
     Raises:
       UserError: a seed below 0 or of more than 32 bits. `jax.random.key` would drop the higher ones without a word,
         and two runs of different seeds would share their parameters.
     """
-    SEED.check("train.seed", config.train.seed)
-    return jax.random.key(config.train.seed)
+    SEED.check("train.model_seed", config.train.model_seed)
+    return jax.random.key(config.train.model_seed)
 
 
 def batch_shape(config: ConfigDict) -> tuple[int, ...]:

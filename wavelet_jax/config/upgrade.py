@@ -1,0 +1,48 @@
+"""Configs that earlier versions saved, brought to the present layout of keys."""
+
+from typing import Any
+
+from wavelet_jax import positions
+from wavelet_jax.errors import UserError
+
+VERSION = 2
+
+Tree = dict[str, Any]
+
+
+def upgrade(tree: Tree) -> Tree:
+    """A saved config in the layout of `VERSION`.
+
+    Version 1, which has no `config_version`, held the options of all methods in `position`, and one seed for
+    parameters, dropout and the order of windows. Keys that are missing or unknown stay so: the reader of a config
+    names them.
+
+    Args:
+      tree: {section: {key: value}}, as config.json has it. It is not changed.
+
+    Raises:
+      UserError: the config is of a later version than this code; says so without naming the file.
+    """
+    version = tree.get("config_version", 1)
+    if type(version) is not int or version < 1:
+        raise UserError(f"config_version is {version!r}, not a whole number from 1")
+    if version > VERSION:
+        raise UserError(f"it is of version {version}, and this code reads versions up to {VERSION}: update wavelet_jax")
+    return _from_1(tree) if version == 1 else tree
+
+
+def _from_1(tree: Tree) -> Tree:
+    sections = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
+    data, train, position = (sections.get(name) for name in ("data", "train", "position"))
+    if isinstance(data, dict):  # what runs did before there were these keys
+        sections["data"] = data = {"missing_text": "error", "folder": "", **data}
+    if isinstance(train, dict) and "seed" in train:
+        seed = train.pop("seed")
+        train["model_seed"] = seed
+        if isinstance(data, dict):
+            data["seed"] = seed
+    if isinstance(position, dict) and position.get("method") in positions.METHODS:
+        own = positions.config(position["method"])
+        foreign = {option for method in positions.METHODS for option in positions.options(method)} - own.keys()
+        sections["position"] = {key: value for key, value in position.items() if key not in foreign}
+    return {"config_version": VERSION, **sections}
