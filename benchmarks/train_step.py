@@ -29,7 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch has t
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ and configs/ are not installed
 
 from benchmarks import measure, steps
-from configs import quickstart
+from configs import default, quickstart
 from wavelet_jax import positions
 from wavelet_jax.commands import cli
 from wavelet_jax.data.tokenizers import Byte
@@ -196,7 +196,7 @@ def _config(method: str):
     config.model.update(num_layers=LAYERS.value, d_model=D_MODEL.value, head_dim=HEAD_DIM.value, d_ff=_d_ff())
     config.model.update(num_heads=HEADS.value, num_kv_heads=HEADS.value, attention_backend=BACKEND.value)
     config.train.update(length=LENGTH.value, batch_size=BATCH.value)
-    config.position.max_positions = max(config.position.max_positions, LENGTH.value)
+    default.set_position(config, max_positions=max(2048, LENGTH.value))
     return config
 
 

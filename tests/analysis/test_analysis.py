@@ -227,9 +227,9 @@ def ids(length: int, seed: int = 0) -> np.ndarray:
 @quick_jit
 def read(model: Decoder, tokens, cache):
     """Probabilities of the first layer in the block of tokens that comes next, and the attention that they make."""
-    start = cache[1]
-    queries, cache = model.queries(tokens, cache)
-    key, value = cache[0][0]
+    start = cache.filled
+    queries, cache = attention_maps.queries_of(model, tokens, cache)
+    key, value = cache.keys[0], cache.values[0]
     weights = attention_maps.probabilities(model, 0, queries[0], key, start)
     output = attention(
         queries[0], key, value, model.terms(), query_positions=start, key_positions=0, backend="reference"
@@ -259,7 +259,7 @@ def test_probabilities_are_the_softmax_of_the_scores(method):
     for start in (0, 6):
         query, weights, output, cache = read(model, tokens[:, start : start + 6], cache)
         blocks.append((np.asarray(query[0], np.float64), np.asarray(weights[0]), output[0]))
-    key, value = (np.asarray(array[0, :, 0], np.float64) for array in cache[0][0])
+    key, value = (np.asarray(array[0, :, 0], np.float64) for array in (cache.keys[0], cache.values[0]))
     query, weights, output = (
         np.concatenate(parts, axis) for parts, axis in zip(zip(*blocks, strict=True), (0, 1, 0), strict=True)
     )

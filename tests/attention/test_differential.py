@@ -296,11 +296,12 @@ def test_a_decoder_reads_into_a_short_cache(chunks):
     graph, params = nnx.split(model)
     expected = quick_jit(lambda params: nnx.merge(graph, params).hidden(tokens))(params)
     read = quick_jit(
-        lambda params, tokens, layers, start: nnx.merge(graph, params).extend(tokens, (layers, start)), static_argnums=3
+        lambda params, tokens, cache, filled: nnx.merge(graph, params).extend(tokens, cache.at(filled)),
+        static_argnums=3,
     )
-    layers, filled, parts = model.init_cache(1, 260)[0], 0, []
+    cache, filled, parts = model.init_cache(1, 260), 0, []
     for count in chunks:
-        part, (layers, _) = read(params, tokens[:, filled : filled + count], layers, filled)
+        part, cache = read(params, tokens[:, filled : filled + count], cache, filled)
         parts.append(part)
         filled += count
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=1e-5)

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from configs import default
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import evaluate, forecast, prefill
 from wavelet_jax.evaluation.prefill import Pace, Program
 from wavelet_jax.hardware import memory
+from wavelet_jax.model.cache import KVCache
 from wavelet_jax.parallel import sharding
 from wavelet_jax.runs import checkpoint, directory
 from wavelet_jax.training import steps
@@ -34,7 +36,7 @@ def tokens(batch_size: int, length: int) -> np.ndarray:
 def test_losses_in_chunks_equal_those_at_once(small_config, method):
     """60 tokens in chunks of 16: the last one is read from 44 on. A learned table has no row past the last token."""
     config = small_config(method)
-    config.position.max_positions = 60
+    default.set_position(config, max_positions=60)
     params = steps.init(config, VOCAB, sharding.make_mesh(config))[1].params
     ids, seen = tokens(2, 60), []
     whole = build(config, 2, 60, chunk=0).losses(params, ids, lambda *_: None)
@@ -91,9 +93,10 @@ class Clock:
         self.now += self.pace.seconds(0, tokens.shape[1] - 1, len(tokens))
         return np.zeros((len(tokens), tokens.shape[1] - 1))
 
-    def chunk(self, params, layers, start, tokens):
-        self.now += self.pace.seconds(int(start), int(start) + tokens.shape[1] - 1, len(tokens))
-        return np.zeros((len(tokens), tokens.shape[1] - 1)), layers
+    def chunk(self, params, cache, tokens):
+        start, stop = int(cache.filled), int(cache.filled) + tokens.shape[1] - 1
+        self.now += self.pace.seconds(start, stop, len(tokens))
+        return np.zeros((len(tokens), tokens.shape[1] - 1)), cache.at(stop)
 
 
 def test_the_pace_of_a_machine_is_found(monkeypatch, small_config):
@@ -106,7 +109,7 @@ def test_the_pace_of_a_machine_is_found(monkeypatch, small_config):
         chunk = prefill.chunk_of(config, length)
         if chunk == length:
             return Program(batch_size, length, chunk, clock.whole, None, 0, 7.0)
-        return Program(batch_size, length, chunk, clock.chunk, lambda: [], 0, 7.0)
+        return Program(batch_size, length, chunk, clock.chunk, lambda: KVCache((), (), 0), 0, 7.0)
 
     monkeypatch.setattr(prefill, "build", program)
     monkeypatch.setattr(memory, "needed", lambda _: 0)

@@ -87,7 +87,7 @@ def test_cache_equals_full_pass(method):
         logits, cache = extend(model, ids[:, start : start + size], cache)
         outputs.append(logits)
         start += size
-    assert int(cache[1]) == 16
+    assert int(cache.filled) == 16
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), logits_of(model, ids), atol=2e-5)
 
 

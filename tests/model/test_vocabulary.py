@@ -202,9 +202,9 @@ def test_a_text_read_in_parts_has_the_losses_of_the_whole():
     tokens = jax.random.randint(jax.random.key(0), (2, 13), 0, VOCAB)
     whole = steps.make_eval_step(config, graphdef)(params, tokens)
     step, model = quick_jit(steps.make_chunk_step(config, graphdef)), nnx.merge(graphdef, params)
-    layers, parts = model.init_cache(2, 12)[0], []
+    cache, parts = model.init_cache(2, 12), []
     for start in (0, 6):
-        losses, layers = step(params, layers, start, tokens[:, start : start + 7])
+        losses, cache = step(params, cache, tokens[:, start : start + 7])
         parts.append(losses)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
     picked = np.take_along_axis(np.asarray(model(tokens[:, :-1])), np.asarray(tokens)[:, 1:, None], -1)[..., 0]

@@ -19,6 +19,7 @@ from wavelet_jax.attention import decode
 from wavelet_jax.attention.tiles import unskew
 from wavelet_jax.errors import UserError
 from wavelet_jax.hardware import memory
+from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.parallel import sharding
 
@@ -74,25 +75,37 @@ def probabilities(
 
 
 def make_block_step(graphdef: nnx.GraphDef, layers: Sequence[int], heads: Sequence[int], cell: int) -> Callable:
-    """(params, cache's layers, start, tokens [1, T], first counted) -> (cache's layers, highest, mass).
+    """(params, cache, tokens [1, T], first counted) -> (longer cache, highest, mass).
 
+    The cache holds the tokens before these, as many as `start`.
     highest: [layers, heads, ceil(T / cell), ceil(S / cell)], the largest probability of each cell.
     mass: [layers, heads, T + S], column e the sum over counted queries of the probability at distance start + T-1 - e.
     """
     chosen = np.array(heads)
 
-    def block_step(params: dict, cache_layers: list, start: jax.Array, tokens: jax.Array, first_counted: jax.Array):
-        model = nnx.merge(graphdef, params)
-        queries, (cache_layers, _) = model.queries(tokens, (cache_layers, start))
+    def block_step(params: dict, cache: KVCache, tokens: jax.Array, first_counted: jax.Array):
+        model, start = nnx.merge(graphdef, params), cache.filled
+        queries, cache = queries_of(model, tokens, cache)
         counted_Tx1 = (start + jnp.arange(tokens.shape[1]) >= first_counted)[:, None]
         highest, mass = [], []
         for layer in layers:
-            weights_HxTxS = probabilities(model, layer, queries[layer], cache_layers[layer][0], start)[0, chosen]
+            weights_HxTxS = probabilities(model, layer, queries[layer], cache.keys[layer], start)[0, chosen]
             highest.append(cells(weights_HxTxS, cell))
             mass.append(jnp.sum(unskew(jnp.where(counted_Tx1, weights_HxTxS, 0)), axis=-2))
-        return cache_layers, jnp.stack(highest), jnp.stack(mass)
+        return cache, jnp.stack(highest), jnp.stack(mass)
 
     return block_step
+
+
+def queries_of(model: Decoder, tokens_BxT: jax.Array, cache: KVCache) -> tuple[list[jax.Array], KVCache]:
+    """Each layer's queries [B, T, H, D] before any rotation, and the longer cache: reads as `Decoder.extend` does."""
+    x_BxTxE, queries, slots = model.embed(tokens_BxT, cache.filled), [], []
+    for layer, block in enumerate(model.blocks):
+        queries.append(block.project(x_BxTxE)[0])
+        x_BxTxE, new = model.apply_block(layer, x_BxTxE, cache.filled, 0, cache=cache)
+        slots.append(new)
+    keys, values = zip(*slots, strict=True)
+    return queries, KVCache(keys, values, cache.filled + tokens_BxT.shape[1])
 
 
 def cells(weights_HxTxS: jax.Array, cell: int) -> jax.Array:
@@ -117,7 +130,7 @@ class Program:
 
     Attributes:
       steps: by the number of rows of a block.
-      cache_layers: shapes of the layers of the cache.
+      cache: shapes of the cache.
       bytes: what they take of memory, with the process as it is and what is kept on the host.
     """
 
@@ -127,7 +140,7 @@ class Program:
     cell: int
     blocks: list[tuple[int, int]]
     steps: dict[int, jax.stages.Compiled]
-    cache_layers: list
+    cache: KVCache
     bytes: int
 
 
@@ -153,7 +166,7 @@ def build(
     def described(leaf) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
-    cache = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(1, length)[0], abstract_params)
+    cache = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(1, length), abstract_params)
     cache = jax.tree.map(described, cache)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     parts = blocks(length, num_heads, cell)
@@ -165,11 +178,10 @@ def build(
     steps = {}
     for rows in {stop - start for start, stop in parts}:
         tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-        steps[rows] = step.lower(abstract_params, cache, number, tokens, number).compile()
+        steps[rows] = step.lower(abstract_params, cache, tokens, number).compile()
     cells_a_side = -(-length // cell)
     on_host = len(layers) * len(heads) * (8 * length + 4 * cells_a_side**2)
-    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    needed = memory.in_use() + max(map(memory.needed, steps.values())) + memory.kept(cache_bytes) + on_host
+    needed = memory.in_use() + max(map(memory.needed, steps.values())) + memory.kept(cache.nbytes) + on_host
     limit, owner = memory.available()
     if needed > limit:
         raise UserError(
@@ -199,11 +211,11 @@ def measure(
     shape = (len(program.layers), len(program.heads))
     side = -(-length // cell)
     highest, mass = np.zeros((*shape, side, side), np.float32), np.zeros((*shape, length))
-    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), program.cache_layers)
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), program.cache)
     ids = np.asarray(tokens, np.int32)[None]
     for start, stop in program.blocks:
         step = program.steps[stop - start]
-        cache, block, sums = step(params, cache, np.int32(start), ids[:, start:stop], np.int32(first_counted))
+        cache, block, sums = step(params, cache, ids[:, start:stop], np.int32(first_counted))
         highest[:, :, start // cell : -(-stop // cell)] = np.asarray(block)
         # Columns go from distance stop - 1 down; those below 0 have no key.
         mass[:, :, :stop] += np.asarray(sums, np.float64)[:, :, :stop][:, :, ::-1]

@@ -62,9 +62,12 @@ def make_gradient(graphdef: nnx.GraphDef, d_model: int) -> Callable[[dict, jax.A
     def gradient(params: dict, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params)
         inputs, last_target = tokens[:, :-1], tokens[:, -1:]
+        positions = np.arange(inputs.shape[1])
 
         def loss(nudge_BxTxE: jax.Array) -> jax.Array:
-            hidden = model.hidden(inputs, nudge_BxTxE=nudge_BxTxE)
+            x_BxTxE = (model.embed(inputs, positions) + nudge_BxTxE).astype(model.dtype)
+            x_BxTxE, _ = model.apply_blocks(x_BxTxE, positions, positions)
+            hidden = model.finish(x_BxTxE)
             return jnp.sum(token_losses(model, hidden[:, -1:], last_target, 0))
 
         norms_BxT = jnp.linalg.norm(jax.grad(loss)(jnp.zeros((*inputs.shape, d_model))), axis=-1)

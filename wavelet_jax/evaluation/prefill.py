@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from wavelet_jax.model.cache import KVCache
 from wavelet_jax.parallel import sharding
 from wavelet_jax.training import steps
 
@@ -55,8 +56,8 @@ class Program:
       batch_size, length: B, T.
       chunk: tokens read at a time, at most T.
       step: the compiled `training.make_eval_step` where the chunk is T, else `training.make_chunk_step`.
-      empty_layers: makes the layers of an empty cache; None where the chunk is T.
-      cache_bytes: what those take, on all devices of this process together.
+      empty_cache: makes an empty cache; None if the chunk is T.
+      cache_bytes: size of the cache, on all devices of this process together.
       build_seconds: what tracing and compiling took.
     """
 
@@ -64,20 +65,20 @@ class Program:
     length: int
     chunk: int
     step: jax.stages.Compiled
-    empty_layers: Callable[[], list] | None
+    empty_cache: Callable[[], KVCache] | None
     cache_bytes: int
     build_seconds: float
 
     def losses(self, params: dict, tokens_BxT1: np.ndarray, done: Callable[[int, int], object]) -> np.ndarray:
         """Losses [B, T] in nats; `done(start, stop)` is called after each of `chunks`."""
-        if self.empty_layers is None:
+        if self.empty_cache is None:
             losses = np.asarray(self.step(params, tokens_BxT1))
             done(0, self.length)
             return losses
         losses = np.zeros((self.batch_size, self.length), np.float32)
-        layers = self.empty_layers()
+        cache = self.empty_cache()
         for start, stop in chunks(self.length, self.chunk):
-            losses[:, start:stop], layers = self._chunk(params, layers, start, tokens_BxT1)
+            losses[:, start:stop], cache = self._chunk(params, cache.at(np.int32(start)), tokens_BxT1)
             done(start, stop)
         return losses
 
@@ -89,16 +90,16 @@ class Program:
             run()
             return time.perf_counter() - begin
 
-        if self.empty_layers is None:
+        if self.empty_cache is None:
             # The first run also touches fresh memory.
             runs = [seconds_of(lambda: self.losses(params, tokens_BxT1, lambda start, stop: None)) for _ in range(2)]
             return Pace(min(runs) / (self.batch_size * self.length), 0.0)
-        layers = self.empty_layers()
+        cache = self.empty_cache()
         deep = min(_PROBE * self.chunk, self.length - self.chunk)
 
         def read(start: int) -> None:
-            nonlocal layers
-            _, layers = self._chunk(params, layers, start, tokens_BxT1)
+            nonlocal cache
+            _, cache = self._chunk(params, cache.at(np.int32(start)), tokens_BxT1)
 
         read(0)
         shallow, further = (seconds_of(lambda start=start: read(start)) for start in (0, deep))
@@ -106,9 +107,10 @@ class Program:
         growth = max(0.0, further - shallow) / (tokens * deep)
         return Pace(shallow / tokens - growth * self.chunk / 2, growth)
 
-    def _chunk(self, params: dict, layers: list, start: int, tokens_BxT1: np.ndarray) -> tuple[np.ndarray, list]:
-        losses, layers = self.step(params, layers, np.int32(start), tokens_BxT1[:, start : start + self.chunk + 1])
-        return np.asarray(losses), layers
+    def _chunk(self, params: dict, cache: KVCache, tokens_BxT1: np.ndarray) -> tuple[np.ndarray, KVCache]:
+        start = int(cache.filled)
+        losses, cache = self.step(params, cache, tokens_BxT1[:, start : start + self.chunk + 1])
+        return np.asarray(losses), cache
 
 
 def build(
@@ -131,19 +133,15 @@ def build(
         step = eval_step.lower(abstract_params, tokens).compile()
         return Program(batch_size, length, chunk, step, None, 0, time.perf_counter() - begin)
 
-    def empty(params: dict) -> list:
-        return nnx.merge(graphdef, params).init_cache(batch_size, length)[0]
-
-    shapes = jax.eval_shape(empty, abstract_params)
-    layers = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
-    start = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(batch_size, length), abstract_params)
+    cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
     chunk_step = jax.jit(
         steps.make_chunk_step(config, graphdef), donate_argnums=1, out_shardings=(everywhere, everywhere)
     )
-    step = chunk_step.lower(abstract_params, layers, start, tokens).compile()
+    step = chunk_step.lower(abstract_params, cache, tokens).compile()
 
-    def empty_layers() -> list:
+    def empty_cache() -> KVCache:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=everywhere), shapes)
 
-    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * mesh.local_mesh.size
-    return Program(batch_size, length, chunk, step, empty_layers, cache_bytes, time.perf_counter() - begin)
+    cache_bytes = shapes.nbytes * mesh.local_mesh.size
+    return Program(batch_size, length, chunk, step, empty_cache, cache_bytes, time.perf_counter() - begin)

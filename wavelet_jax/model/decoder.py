@@ -5,6 +5,7 @@ V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 
 import einops
 import jax
@@ -19,6 +20,7 @@ from wavelet_jax import positions
 from wavelet_jax.attention import BACKENDS, KEPT, attention, sharded
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.absolute import check_positions
@@ -38,8 +40,8 @@ REMATS = {
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
-# One (key [B, S, K, D], value [B, S, K, D]) a layer, and how many of the S slots are filled (int32).
-Cache = tuple[list[tuple[jax.Array, jax.Array]], jax.Array]
+# Positions of queries or keys: [T] or [B, T] int32, or the first of consecutive ones.
+Positions = jax.typing.ArrayLike
 
 
 def make_position(config: ConfigDict) -> positions.PositionMethod:
@@ -90,50 +92,46 @@ class Block(nnx.Module):
             self.position = _as_params(method.init(rngs.params()))
 
     def __call__(
-        self, x_BxTxE, shared_position, *, query_positions, key_positions, segment_ids, cache, dropout_key, mesh
-    ):
-        """One layer. Returns x_BxTxE and, of the layer's cache, the new (key, value)."""
-        position = self.position if self.method.per_layer else shared_position
-        params = {name: param[...] for name, param in position.items()}
-        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        self,
+        x_BxTxE: jax.Array,
+        shared_position: nnx.Dict,
+        *,
+        query_positions: Positions,
+        key_positions: Positions,
+        segment_ids: jax.Array | None = None,
+        slots: tuple[jax.Array, jax.Array] | None = None,
+        dropout_key: jax.Array | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """One layer: x_BxTxE, and the keys and values [B, S, K, D] that were attended to.
 
+        Args:
+          x_BxTxE: the residual stream.
+          shared_position: the position parameters of all layers, for methods that have no others.
+          query_positions, key_positions: tokens.
+          segment_ids: [B, T] int32; attention stays inside a segment.
+          slots: keys and values of a cache [B, S, K, D]; positions are then those of its first query and first slot.
+          dropout_key: None turns dropout off.
+          mesh: see `Decoder.hidden`.
+        """
+        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
         with jax.named_scope("attention"):
             query_BxTxHxD, key_BxSxKxD, value_BxSxKxD = self.project(x_BxTxE)
-            if cache is not None:  # positions are then the first of consecutive ones, and slots the keys' positions
+            if slots is not None:
                 start = (0, query_positions, 0, 0)
-                key_BxSxKxD = jax.lax.dynamic_update_slice(cache[0], key_BxSxKxD, start)
-                value_BxSxKxD = jax.lax.dynamic_update_slice(cache[1], value_BxSxKxD, start)
-            dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
-
-            def terms_of(params):  # the embedding has its positions already
-                return self.method.terms(params).without_embedding()
-
-            if mesh is not None and mesh.size > 1 and dropout_rate == 0:
-                h_BxTxHxD = sharded.attention(
-                    query_BxTxHxD,
-                    key_BxSxKxD,
-                    value_BxSxKxD,
-                    terms_of,
-                    params,
-                    query_positions,
-                    mesh=mesh,
-                    **ATTENTION_AXES,
-                    segment_ids=segment_ids,
-                    backend=self.backend,
-                )
-            else:  # also what a dropout of weights draws for the whole score matrix, whatever the mesh
-                h_BxTxHxD = attention(
-                    query_BxTxHxD,
-                    key_BxSxKxD,
-                    value_BxSxKxD,
-                    terms_of(params),
-                    query_positions=query_positions,
-                    key_positions=key_positions,
-                    segment_ids=segment_ids,
-                    dropout_rate=dropout_rate,
-                    dropout_key=keys[0],
-                    backend=self.backend,
-                )
+                key_BxSxKxD = jax.lax.dynamic_update_slice(slots[0], key_BxSxKxD, start)
+                value_BxSxKxD = jax.lax.dynamic_update_slice(slots[1], value_BxSxKxD, start)
+            h_BxTxHxD = self._attend(
+                query_BxTxHxD,
+                key_BxSxKxD,
+                value_BxSxKxD,
+                self.position if self.method.per_layer else shared_position,
+                query_positions,
+                key_positions,
+                segment_ids,
+                keys[0],
+                mesh,
+            )
             x_BxTxE += _dropout(self.dropout, self.out(einops.rearrange(h_BxTxHxD, "b t h d -> b t (h d)")), keys[1])
 
         with jax.named_scope("feed_forward"):
@@ -144,7 +142,52 @@ class Block(nnx.Module):
             x_BxTxE += _dropout(self.dropout, self.down(_dropout(self.activation_dropout, h_BxTxF, keys[2])), keys[3])
         return constrain(x_BxTxE, mesh, "batch", "length", None), (key_BxSxKxD, value_BxSxKxD)
 
-    def project(self, x_BxTxE):
+    def _attend(
+        self,
+        query_BxTxHxD: jax.Array,
+        key_BxSxKxD: jax.Array,
+        value_BxSxKxD: jax.Array,
+        position: nnx.Dict,
+        query_positions: Positions,
+        key_positions: Positions,
+        segment_ids: jax.Array | None,
+        dropout_key: jax.Array | None,
+        mesh: Mesh | None,
+    ) -> jax.Array:
+        params = {name: param[...] for name, param in position.items()}
+        dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
+
+        def terms_of(params: positions.terms.Params) -> positions.Terms:  # the embedding has its positions already
+            return self.method.terms(params).without_embedding()
+
+        if mesh is not None and mesh.size > 1 and dropout_rate == 0:
+            return sharded.attention(
+                query_BxTxHxD,
+                key_BxSxKxD,
+                value_BxSxKxD,
+                terms_of,
+                params,
+                query_positions,
+                mesh=mesh,
+                **ATTENTION_AXES,
+                segment_ids=segment_ids,
+                backend=self.backend,
+            )
+        # Also with dropout, which draws numbers for the whole score matrix, whatever the mesh.
+        return attention(
+            query_BxTxHxD,
+            key_BxSxKxD,
+            value_BxSxKxD,
+            terms_of(params),
+            query_positions=query_positions,
+            key_positions=key_positions,
+            segment_ids=segment_ids,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            backend=self.backend,
+        )
+
+    def project(self, x_BxTxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, D], keys and values [B, T, K, D] of the layer's input, before any rotation."""
         h_BxTxE = self.attention_norm(x_BxTxE)
         split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
@@ -197,77 +240,171 @@ class Decoder(nnx.Module):
             else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=nnx.initializers.lecun_normal(), rngs=rngs)
         )
 
-    def __call__(self, tokens_BxT, *, positions=None, segment_ids=None, dropout_key=None) -> jax.Array:
-        """Logits [B, T, V] in float32; see `hidden`. Long sequences want `hidden` and logits in chunks."""
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        *,
+        positions: jax.typing.ArrayLike | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V] in float32; see `hidden`. For long sequences, use `hidden` and take logits in chunks."""
         return self.logits(
             self.hidden(tokens_BxT, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key)
         )
 
     def hidden(
         self,
-        tokens_BxT,
+        tokens_BxT: jax.Array,
         *,
-        positions=None,
-        segment_ids=None,
-        dropout_key=None,
+        positions: jax.typing.ArrayLike | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
         mesh: Mesh | None = None,
-        nudge_BxTxE=None,
     ) -> jax.Array:
-        """The last layer's output [B, T, E], normed where the config says so.
+        """Hidden states [B, T, E]: `embed`, `apply_blocks` and `finish`.
 
         Args:
           tokens_BxT: token ids, int32.
-          positions: [T] or [B, T] int32, tokens; 0, 1, 2, .. where left out.
+          positions: [T] or [B, T] int32, tokens; None: 0, 1, 2, ..
           segment_ids: [B, T] int32 for packed documents: attention stays inside a segment.
           dropout_key: a key for the dropout rates of the config; None turns dropout off.
-          mesh: says how activations are divided over its devices, with tokens and positions in the order of
-            `sharding.token_order`; None: the compiler sees to it.
-          nudge_BxTxE: added to the embeddings, so that a gradient by what a token brings can be taken; None: nothing.
+          mesh: the devices over which activations are divided, with tokens and positions in the order of
+            `sharding.token_order`; None: the compiler decides.
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        return self._run(
-            tokens_BxT,
-            positions,
-            positions,
-            segment_ids=segment_ids,
-            dropout_key=dropout_key,
-            mesh=mesh,
-            nudge_BxTxE=nudge_BxTxE,
-        )[0]
+        keys = [None] * (1 + len(self.blocks))
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, len(keys))
+        x_BxTxE = self.embed(tokens_BxT, positions, dropout_key=keys[0], mesh=mesh)
+        x_BxTxE, _ = self.apply_blocks(
+            x_BxTxE, positions, positions, segment_ids=segment_ids, dropout_keys=keys[1:], mesh=mesh
+        )
+        return self.finish(x_BxTxE)
 
-    def init_cache(self, batch_size: int, length: int) -> Cache:
+    def embed(
+        self,
+        tokens_BxT: jax.Array,
+        positions: Positions,
+        *,
+        dropout_key: jax.Array | None = None,
+        mesh: Mesh | None = None,
+    ) -> jax.Array:
+        """The input [B, T, E] of the first block, with the positions of methods that add them to the embedding."""
+        with jax.named_scope("embedding"):
+            x_BxTxE = self.embedding(tokens_BxT).astype(self.dtype) * self.embedding_scale
+            if embed := self.terms().embed:
+                first = np.ndim(positions) == 0
+                positions = positions + np.arange(tokens_BxT.shape[1]) if first else positions
+                x_BxTxE += embed(positions).astype(self.dtype)
+            x_BxTxE = _dropout(self.dropout, x_BxTxE, dropout_key).astype(self.dtype)
+            return constrain(x_BxTxE, mesh, "batch", "length", None)
+
+    def apply_blocks(
+        self,
+        x_BxTxE: jax.Array,
+        query_positions: Positions,
+        key_positions: Positions,
+        *,
+        cache: KVCache | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_keys: Sequence[jax.Array | None] | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+        """The output [B, T, E] of the last block, and each layer's keys and values [B, S, K, D]; see `apply_block`.
+
+        Args:
+          dropout_keys: one per layer; None turns dropout off.
+        """
+        slots = []
+        for layer in range(len(self.blocks)):
+            x_BxTxE, new = self.apply_block(
+                layer,
+                x_BxTxE,
+                query_positions,
+                key_positions,
+                cache=cache,
+                segment_ids=segment_ids,
+                dropout_key=None if dropout_keys is None else dropout_keys[layer],
+                mesh=mesh,
+            )
+            slots.append(new)
+        return x_BxTxE, tuple(slots)
+
+    def apply_block(
+        self,
+        layer: int,
+        x_BxTxE: jax.Array,
+        query_positions: Positions,
+        key_positions: Positions,
+        *,
+        cache: KVCache | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """One layer's output [B, T, E], and its keys and values [B, S, K, D]: with a cache, those of all its slots.
+
+        With a cache, `query_positions` is the first of consecutive ones, and `key_positions` that of the first slot.
+        What the backward pass keeps of a layer is decided by `config.model.remat`.
+        """
+
+        def run(block, x_BxTxE, shared_position, segment_ids, slots, key):
+            return block(
+                x_BxTxE,
+                shared_position,
+                query_positions=query_positions,  # closed over, so that constants stay constants under remat
+                key_positions=key_positions,
+                segment_ids=segment_ids,
+                slots=slots,
+                dropout_key=key,
+                mesh=mesh,
+            )
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMATS[self.remat])
+        slots = None if cache is None else (cache.keys[layer], cache.values[layer])
+        with jax.named_scope(f"block_{layer}"):
+            return run(self.blocks[layer], x_BxTxE, self.position, segment_ids, slots, dropout_key)
+
+    def finish(self, x_BxTxE: jax.Array) -> jax.Array:
+        """Hidden states [B, T, E] from the last block's output: normed, if the config says so."""
+        if self.final_norm is None:
+            return x_BxTxE
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x_BxTxE)
+
+    def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for `extend` with room for `length` tokens."""
         check_positions(length, self.terms().max_positions)
-        empty = jnp.zeros((batch_size, length, *self.kv_shape), self.dtype)
-        return [(empty, empty) for _ in self.blocks], jnp.int32(0)
+        empty = (jnp.zeros((batch_size, length, *self.kv_shape), self.dtype),) * len(self.blocks)
+        return KVCache(keys=empty, values=empty, filled=jnp.int32(0))
 
-    def extend(self, tokens_BxT, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(self, tokens_BxT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads T more tokens after those in the cache. Returns their hidden states [B, T, E] and the longer cache.
 
-        Past the cache's room is a `UserError`, or NaN where the count is traced.
+        Raises:
+          UserError: the cache has no room for them. Where `cache.filled` is traced, the hidden states are NaN instead.
         """
-        layers, filled = cache
-        room, wanted = layers[0][0].shape[1], filled + tokens_BxT.shape[1]
-        if not isinstance(wanted, jax.core.Tracer) and wanted > room:
-            raise UserError(f"the cache has room for {room} tokens, not for {wanted}: give init_cache a longer length")
-        # Both positions by the first of consecutive ones; slots not filled yet lie after every query.
-        hidden_BxTxE, layers, _ = self._run(tokens_BxT, filled, 0, layers=layers)
-        return jnp.where(wanted <= room, hidden_BxTxE, jnp.nan), (layers, wanted)
-
-    def queries(self, tokens_BxT, cache: Cache) -> tuple[list[jax.Array], Cache]:
-        """As `extend`, but returns each layer's queries [B, T, H, D], not rotated; its keys are in the longer cache."""
-        layers, filled = cache
-        _, layers, inputs = self._run(tokens_BxT, filled, 0, layers=layers)
-        queries = [block.project(x_BxTxE)[0] for block, x_BxTxE in zip(self.blocks, inputs, strict=True)]
-        return queries, (layers, filled + tokens_BxT.shape[1])
+        wanted = cache.filled + tokens_BxT.shape[1]
+        if not isinstance(wanted, jax.core.Tracer) and wanted > cache.room:
+            raise UserError(
+                f"the cache has room for {cache.room} tokens, not for {wanted}: give init_cache a longer length"
+            )
+        x_BxTxE = self.embed(tokens_BxT, cache.filled)
+        # Both positions by the first of consecutive ones; slots that are not filled yet come after every query.
+        x_BxTxE, slots = self.apply_blocks(x_BxTxE, cache.filled, 0, cache=cache)
+        keys, values = zip(*slots, strict=True)
+        hidden_BxTxE = jnp.where(wanted <= cache.room, self.finish(x_BxTxE), jnp.nan)
+        return hidden_BxTxE, KVCache(keys, values, wanted)
 
     def terms(self, layer: int = 0) -> positions.Terms:
         """What the position method does to a layer's attention, or to the embedding, with this model's parameters."""
         position = self.blocks[layer].position if self.method.per_layer else self.position
         return self.method.terms({name: param[...] for name, param in position.items()})
 
-    def logits(self, hidden_BxTxE) -> jax.Array:
+    def logits(self, hidden_BxTxE: jax.Array) -> jax.Array:
         """Scores of every word, float32, from hidden states [..., E]; log-probabilities with an adaptive vocabulary."""
         with jax.named_scope("head"):
             if self.adaptive:
@@ -275,68 +412,16 @@ class Decoder(nnx.Module):
             kernel_ExV = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
             return jnp.dot(hidden_BxTxE, kernel_ExV.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def losses(self, hidden_BxTxE, targets_BxT, *, dropout_key=None) -> jax.Array:
-        """-log p(target) in nats, float32, from hidden states [..., E]: logits of all of them are there at once."""
+    def losses(
+        self, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, *, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """-log p(target) in nats, float32, from hidden states [..., E]; holds the logits of all of them at once."""
         if self.adaptive:
             with jax.named_scope("head"):
                 return self.embedding.losses(hidden_BxTxE, targets_BxT, dropout_key)
         logits = self.logits(hidden_BxTxE)
         with jax.named_scope("loss"):
             return cross_entropy(logits, targets_BxT)
-
-    def _run(
-        self,
-        tokens_BxT,
-        query_positions,
-        key_positions,
-        *,
-        segment_ids=None,
-        layers=None,
-        dropout_key=None,
-        mesh=None,
-        nudge_BxTxE=None,
-    ):
-        embed = self.terms().embed
-        keys = [None] * (1 + len(self.blocks))
-        if dropout_key is not None:
-            keys = jax.random.split(dropout_key, len(keys))
-
-        with jax.named_scope("embedding"):
-            x_BxTxE = self.embedding(tokens_BxT).astype(self.dtype) * self.embedding_scale
-            if embed is not None:
-                first = np.ndim(query_positions) == 0
-                positions = query_positions + np.arange(tokens_BxT.shape[1]) if first else query_positions
-                x_BxTxE += embed(positions).astype(self.dtype)
-            if nudge_BxTxE is not None:
-                x_BxTxE += nudge_BxTxE
-            x_BxTxE = _dropout(self.dropout, x_BxTxE, keys[0]).astype(self.dtype)
-            x_BxTxE = constrain(x_BxTxE, mesh, "batch", "length", None)
-
-        def run_block(block, x_BxTxE, shared_position, segment_ids, cache, key):
-            return block(
-                x_BxTxE,
-                shared_position,
-                query_positions=query_positions,  # closed over, so that constants stay constants under remat
-                key_positions=key_positions,
-                segment_ids=segment_ids,
-                cache=cache,
-                dropout_key=key,
-                mesh=mesh,
-            )
-
-        if self.remat != "none":
-            run_block = jax.checkpoint(run_block, policy=REMATS[self.remat])
-        new_layers, inputs = [], []
-        for i, block in enumerate(self.blocks):
-            with jax.named_scope(f"block_{i}"):
-                inputs.append(x_BxTxE)
-                cache = None if layers is None else layers[i]
-                x_BxTxE, new = run_block(block, x_BxTxE, self.position, segment_ids, cache, keys[i + 1])
-                new_layers.append(new)
-        if self.final_norm is not None:
-            with jax.named_scope("final_norm"):
-                x_BxTxE = self.final_norm(x_BxTxE)
-        return x_BxTxE, new_layers, inputs
 
 
 def _as_params(arrays: dict[str, jax.Array]) -> nnx.Dict:

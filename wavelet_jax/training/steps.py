@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.parallel.sharding import constrain, into_order, out_of_order, token_order, tree_shardings
 from wavelet_jax.ranges import SEED
@@ -245,16 +246,16 @@ def make_eval_step(
     return eval_step
 
 
-def make_chunk_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, list]]:
-    """(params, layers, start, tokens [B, C+1]) -> (losses [B, C], layers): `make_eval_step` of a part of a longer text.
+def make_chunk_step(config: ConfigDict, graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, KVCache]]:
+    """(params, cache, tokens [B, C+1]) -> (losses [B, C], longer cache): `make_eval_step` of a part of a longer text.
 
-    `layers` are those of the decoder's cache, which holds the `start` tokens before.
+    The cache holds the tokens of the text before these.
     """
 
-    def chunk_step(params: dict, layers: list, start: jax.Array, tokens: jax.Array) -> tuple[jax.Array, list]:
+    def chunk_step(params: dict, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
         model = nnx.merge(graphdef, params)
-        hidden, (layers, _) = model.extend(tokens[:, :-1], (layers, start))
-        return token_losses(model, hidden, tokens[:, 1:], config.train.logits_chunk), layers
+        hidden, cache = model.extend(tokens[:, :-1], cache)
+        return token_losses(model, hidden, tokens[:, 1:], config.train.logits_chunk), cache
 
     return chunk_step
 
