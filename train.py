@@ -1,10 +1,10 @@
 """Trains a run, or several one after another and compares them.
 
-    python train.py                                                              the quickstart comparison
-    python train.py --config=configs/wikitext2.py:rope --workdir=runs/rope       one run
-    python train.py ... --config.train.steps=2000                                any key of configs/default.py
-    python train.py ... --compile_only --topology=v5e:16x16                      what it will take (training/plan.py)
-    python train.py ... --profile_steps=100:105                                  a trace (runs/profiling.py)
+    python train.py                                                           the quickstart comparison
+    python train.py --config=configs/wikitext2.py:rope --workdir=runs/rope    one run
+    python train.py ... --config.train.steps=2000                             any key of wavelet_jax/config/default.py
+    python train.py ... --compile_only --topology=v5e:16x16                   memory and time (training/plan.py)
+    python train.py ... --profile_steps=100:105                               a trace (runs/profiling.py)
 
 A run that was stopped goes on when the same command is given again, to the same losses.
 

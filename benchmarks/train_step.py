@@ -201,7 +201,7 @@ def _config(method: str):
 
 
 def _d_ff() -> int:
-    return D_FF.value or -(-D_MODEL.value // 3) * 8  # 344 of 128, as configs/default.py has it
+    return D_FF.value or -(-D_MODEL.value // 3) * 8  # 344 of 128, as wavelet_jax/config/default.py has it
 
 
 def _check(out: Path) -> None:

@@ -16,7 +16,7 @@ from support.compilation import quick_jit
 from support.project import ROOT
 
 from benchmarks import baselines, measure, steps
-from configs import quickstart
+from configs import default, quickstart
 from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
 from wavelet_jax.model.decoder import Decoder
@@ -119,7 +119,7 @@ def test_x_transformers_computes_the_same(method):
     pytest.importorskip("x_transformers")
     torch = pytest.importorskip("torch")
     config = small_shape(method)
-    config.position.layout = "interleaved"  # theirs
+    default.set_position(config, layout="interleaved")  # theirs
     graphdef, params = random_params(config)
     decoder = nnx.merge(graphdef, params)
     network = steps.x_transformers_network(config, method, 11)

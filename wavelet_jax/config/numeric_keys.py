@@ -63,6 +63,9 @@ RANGES: dict[str, Range] = {
     "eval.prefill_chunk": COUNT_OR_NONE,
     "eval.resamples": Range(1, 1_000_000, whole=True),  # more would not change an interval's third digit
     "eval.bootstrap_seed": SEED,
+    "evaluators.*.every": COUNT_OR_NONE,  # checked by `training.evaluators`, whose names are the user's
+    "evaluators.*.windows": COUNT,
+    "evaluators.*.length": COUNT,
     "mesh.data": Range(-1, 2**31 - 1, whole=True),  # 0 is refused with the whole mesh, by `sharding.mesh_shape`
     "mesh.fsdp": Range(-1, 2**31 - 1, whole=True),
     "mesh.context": Range(-1, 2**31 - 1, whole=True),
@@ -76,18 +79,17 @@ def check(config: ConfigDict, *sections: str) -> None:
     """Raises `UserError` for the first number of a config that is of another kind, or out of its range.
 
     Args:
-      config: with the sections of `configs/default.py`.
+      config: with the sections of `wavelet_jax/config/default.py`.
       *sections: those to check, such as "eval"; none named: all.
     """
-    for key, allowed in RANGES.items():
-        section, name = key.split(".")
-        if not sections or section in sections:
-            allowed.check(key, config[section][name])
-    for key, allowed in EACH.items():
-        section, name = key.split(".")
-        if sections and section not in sections:
+    for key, allowed in (*RANGES.items(), *EACH.items()):
+        section, name = key.split(".", 1)
+        if "*" in name or (sections and section not in sections):
             continue
         values = config[section][name]
+        if key in RANGES:
+            allowed.check(key, values)
+            continue
         if not isinstance(values, tuple | list):
             raise UserError(f"{key} must be numbers in brackets, such as (128, 256), not {values!r}")
         for value in values:

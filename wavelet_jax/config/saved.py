@@ -1,7 +1,7 @@
 """A run's config as its config.json has it: what the file must hold, and which of its keys are missing.
 
-configs/default.py says what the keys mean. Files of earlier versions lack some keys, so a key is asked for when it is
-read, and the values that are there must be of their types.
+`config.default` says what the keys mean. Files of earlier versions may lack some keys, so a missing key is an error
+when it is read. Values that are there must be of their types.
 """
 
 import re
@@ -18,7 +18,7 @@ from wavelet_jax.errors import UserError
 NESTED = ("evaluators.",)  # sections of sections, whose names are the user's
 _NUMBERS = tuple[float, ...]  # of whole numbers too, and of lists of them: a grid for every head
 
-# Types of values by key, as configs/default.py sets them: texts, flags and lists, ..
+# Types of values by key, as wavelet_jax/config/default.py sets them: texts, flags and lists, ..
 TYPES: dict[str, Any] = {
     "config_version": int,
     **dict.fromkeys(("data.source", "data.train_files", "data.validation_files", "data.text_field"), str),
@@ -29,6 +29,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("model.remat", "model.attention_backend"), str),
     **dict.fromkeys(("model.use_bias", "model.final_norm", "model.tied_head", "model.scale_embedding"), bool),
     **dict.fromkeys(("optimizer.name", "optimizer.schedule"), str),
+    **dict.fromkeys(("train.init_from", "log.wandb", "evaluators.*.type"), str),
     **{"compare.variants": tuple[str, ...], "compare.label": str, "compare.protocol": str},
     # .. and numbers, which have their ranges in `numeric_keys`.
     **{key: int if allowed.whole else float for key, allowed in numeric_keys.RANGES.items()},
@@ -68,7 +69,7 @@ class SavedConfig(ConfigDict):
         path, prefix = self._place
         raise UserError(
             f"{path} is of an earlier version, without {prefix}{key}, or damaged: set it there "
-            "(configs/default.py says what it means)"
+            "(wavelet_jax/config/default.py says what it means)"
         )
 
 

@@ -36,13 +36,26 @@ def _from_1(tree: Tree) -> Tree:
     data, train, position = (sections.get(name) for name in ("data", "train", "position"))
     if isinstance(data, dict):  # what runs did before there were these keys
         sections["data"] = data = {"missing_text": "error", "folder": "", **data}
-    if isinstance(train, dict) and "seed" in train:
-        seed = train.pop("seed")
-        train["model_seed"] = seed
-        if isinstance(data, dict):
+    if isinstance(train, dict):
+        seed = train.pop("seed", None)
+        sections["train"] = train = {"init_from": "", **({} if seed is None else {"model_seed": seed}), **train}
+        if isinstance(data, dict) and seed is not None:
             data["seed"] = seed
+    if isinstance(sections.get("log"), dict):
+        sections["log"] = {"wandb": "", **sections["log"]}
     if isinstance(position, dict) and position.get("method") in positions.METHODS:
         own = positions.config(position["method"])
         foreign = {option for method in positions.METHODS for option in positions.options(method)} - own.keys()
         sections["position"] = {key: value for key, value in position.items() if key not in foreign}
+    sections["evaluators"] = {"validation": _validation(tree)}
     return {"config_version": VERSION, **sections}
+
+
+def _validation(tree: Tree) -> Tree:
+    """The evaluator that does what version 1 did by keys of `eval`."""
+    source = {"every": ("eval", "every"), "windows": ("eval", "windows"), "length": ("train", "length")}
+    found = {"type": "loss"}
+    for key, (section, name) in source.items():
+        if isinstance(tree.get(section), dict) and name in tree[section]:
+            found[key] = tree[section][name]
+    return found

@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
     float32.
 
     Args:
-      config: reads `config.model` and `config.position`; every key is explained in `configs/default.py`.
+      config: reads `config.model` and `config.position`; every key is explained in `wavelet_jax/config/default.py`.
       vocab_size: V.
       rngs: needs a "params" stream. Dropout keys are arguments of the call.
 

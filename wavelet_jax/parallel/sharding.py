@@ -149,7 +149,11 @@ def load_batch(
             seen[row] = np.concatenate(windows).reshape(*parts, stop - row, *shape[leading + 1 :])
         return seen[row]
 
-    return jax.make_array_from_callback(shape, batch_sharding(mesh, leading), held)
+    sharding = batch_sharding(mesh, leading)
+    places = sharding.addressable_devices_indices_map(shape)
+    # `jax.make_array_from_callback` would do the same by transfers that `jax.transfer_guard` does not allow.
+    shards = jax.device_put([held(index) for index in places.values()], list(places))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *dimensions: str | None) -> jax.Array:

@@ -164,16 +164,18 @@ def restore(workdir: Path, abstract_state: Any, *, fingerprint: str) -> tuple[An
         return checkpointer.restore(folder / str(step) / "state", abstract_state), data["windows"]
 
 
-def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str) -> tuple[dict, int]:
+def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str | None) -> tuple[dict, int]:
     """The parameters alone of the newest sound checkpoint, and its step. Writes nothing; otherwise see `restore`.
 
-    The optimizer's moments, twice as large, are read for their checksums and not loaded.
+    The optimizer's moments, twice as large, are read for their checksums and not loaded. With a fingerprint of None
+    the run may have read any corpus.
     """
     folder = _folder(workdir)
     step, _ = _newest_sound(folder)
     if step is None:
         raise UserError(f"{workdir} has no checkpoint: train it first")
-    _restore_data(folder / str(step), fingerprint)
+    if fingerprint is not None:
+        _restore_data(folder / str(step), fingerprint)
     item = {"params": abstract_params}
     _check_tree(folder / str(step), item)
     # `partial_restore` leaves out the rest of the state, and would also leave out parameters that only one side has.

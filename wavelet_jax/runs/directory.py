@@ -18,12 +18,20 @@ from wavelet_jax.ranges import Range
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if os.isatty(2) else 30
-WRITTEN = ("config.json", "metrics.jsonl", "lock", "tensorboard", "checkpoints", "profile")  # all that a run writes
+WRITTEN = (
+    "config.json",
+    "metrics.jsonl",
+    "lock",
+    "tensorboard",
+    "checkpoints",
+    "profile",
+    "wandb",
+)  # all that a run writes
 
 # What may differ when a run goes on: none of these changes what is trained. Another mesh, and what trades time for
 # memory there, adds up in another order and draws other dropout masks; the text itself is known by its fingerprint,
 # wherever its files lie; a run that skip_nonfinite stopped may be let on.
-FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "mesh.", "compare.")
+FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "evaluators.", "mesh.", "compare.")
 FREE_KEYS += ("model.remat", "model.attention_backend", "train.logits_chunk", "train.accumulation")
 FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
 FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text", "data.folder")

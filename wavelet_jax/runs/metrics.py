@@ -1,12 +1,17 @@
-"""The logged metrics of a run: metrics.jsonl and TensorBoard event files, written and read."""
+"""The logged metrics of a run: metrics.jsonl, TensorBoard and Weights & Biases, and metrics.jsonl read back."""
 
 import contextlib
+import hashlib
+import importlib.util
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import atomic, reading
@@ -15,59 +20,91 @@ from wavelet_jax.parallel import processes
 _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the disk
 
 
+class Writer(Protocol):
+    """A place that metrics are written to."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of an update, all finite. Raises OSError where they cannot be written now."""
+        ...
+
+    def close(self) -> None:
+        """Finishes what is being written. Raises OSError where lines are lost."""
+        ...
+
+
 class MetricsLog:
-    """metrics.jsonl and TensorBoard event files of a run that may have been killed at any moment.
+    """The metrics of a run that may have been killed at any moment: metrics.jsonl, TensorBoard, and other writers.
 
     Of several processes the first writes; in the others nothing happens.
 
-    On a full disk, lines of metrics.jsonl wait for the next write, and those of TensorBoard are lost.
-
     Args:
       workdir: the run's directory.
-      step: where the run goes on; what an earlier life logged past it is dropped, since it will be logged again.
+      step: the update after which the run resumes; what an earlier session logged past it is dropped.
+      more: functions that make further writers.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        self._silent = not processes.is_first()
-        if self._silent:
-            return
-        self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        self._events = _Events(workdir / "tensorboard", first_step=step + 1)
-        with atomic.replaced(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = atomic.open_kept(self._path, "ab")  # says how much it has written, on a full disk too
-        self._waiting = b""
+    def __init__(self, workdir: Path, step: int, more: Sequence[Callable[[], Writer]] = ()):
         self._warned = False
+        self._lines, self._others = None, []
+        if not processes.is_first():
+            return
+        with contextlib.ExitStack() as opened:  # one that cannot be opened closes those before it
+            self._lines = opened.enter_context(contextlib.closing(JsonLines(workdir, step)))
+            for make in (lambda: TensorBoard(workdir / "tensorboard", first_step=step + 1), *more):
+                self._others.append(opened.enter_context(contextlib.closing(make())))
+            opened.pop_all()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line, on disk when this returns as far as a killed process is concerned.
+        """Writes one line; it is on the disk when this returns, as far as a killed process is concerned.
 
-        What is not finite becomes null: JSON has no number for it.
+        What is not finite becomes null in metrics.jsonl, since JSON has no number for it, and is left out elsewhere.
+        On a full disk, lines of metrics.jsonl wait for the next write, and those of the others are lost.
         """
-        if self._silent:
+        if self._lines is None:
             return
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._waiting += (json.dumps({"step": step, **dict.fromkeys(metrics), **finite}) + "\n").encode()
         try:
-            self._write_waiting()
-            self._events.write(step, finite)
+            self._lines.write(step, dict.fromkeys(metrics) | finite)
+            for writer in self._others:
+                writer.write(step, finite)
         except OSError as error:
             if not self._warned:
                 logging.warning("the metrics of update %d could not be written yet (%s): the run goes on", step, error)
             self._warned = True
+
+    def close(self) -> None:
+        """Raises OSError if lines of metrics.jsonl are still waiting for room on the disk."""
+        if self._lines is None:
+            return
+        for writer in self._others:
+            with contextlib.suppress(OSError):
+                writer.close()
+        self._lines.close()
+
+
+class JsonLines:
+    """metrics.jsonl, a JSON object per line, continued after an update; see `MetricsLog`."""
+
+    def __init__(self, workdir: Path, step: int):
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        with atomic.replaced(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = atomic.open_kept(self._path, "ab")  # says how much it has written, on a full disk too
+        self._waiting = b""
+
+    def write(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Appends a line after those that are waiting."""
+        self._waiting += (json.dumps({"step": step, **metrics}) + "\n").encode()
+        self._write_waiting()
 
     def _write_waiting(self) -> None:
         while self._waiting:  # a line may get on the disk in two parts, never twice
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
-        """Raises OSError where lines are still waiting for room on the disk."""
-        if self._silent:
-            return
+        """Raises OSError if lines are still waiting for room on the disk."""
         with self._file:
-            with contextlib.suppress(OSError):
-                self._events.close()
             try:
                 self._write_waiting()
             except OSError as error:
@@ -76,7 +113,7 @@ class MetricsLog:
                 ) from error
 
 
-class _Events:
+class TensorBoard:
     """A TensorBoard event file, written in the thread that calls: tensorboardX's own would die on a full disk.
 
     Args:
@@ -96,6 +133,7 @@ class _Events:
         self._flushed = time.monotonic()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """See `Writer`; the file is flushed every few seconds."""
         for name, value in metrics.items():
             self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
         if time.monotonic() > self._flushed + _FLUSH_INTERVAL:
@@ -103,7 +141,43 @@ class _Events:
             self._writer.flush()
 
     def close(self) -> None:
+        """See `Writer`."""
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run in Weights & Biases, in the project `config.log.wandb`; WANDB_MODE=offline keeps it in WORKDIR/wandb.
+
+    A run that resumes continues the same one, known by the run's directory.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        import wandb
+
+        identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+        self._run = wandb.init(
+            project=config.log.wandb,
+            id=identity,
+            resume="allow",
+            name=str(workdir),
+            dir=workdir,
+            config=json.loads(config.to_json()),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
+        )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """See `Writer`."""
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self._run.finish()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` if Weights & Biases is asked for and not installed."""
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("config.log.wandb needs wandb: pip install 'wavelet-jax[wandb]', or leave the key empty")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

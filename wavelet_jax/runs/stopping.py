@@ -62,6 +62,17 @@ class Stop:
         self._heard = signum
 
 
+class NoStop(Stop):
+    """For a run that signals end as they end any other program."""
+
+    def requested(self) -> bool:
+        """False."""
+        return False
+
+    def released(self, done: str) -> None:
+        """Does nothing."""
+
+
 @contextlib.contextmanager
 def listen() -> Iterator[Stop]:
     """Takes SIGTERM and SIGINT inside the block. For the main thread."""

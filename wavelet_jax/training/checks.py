@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.data import check_packing
 from wavelet_jax.model import decoder, vocabulary
-from wavelet_jax.training import optimizer, sizes
+from wavelet_jax.runs import metrics
+from wavelet_jax.training import evaluators, optimizer, sizes
 
 
 def check(config: ConfigDict) -> None:
@@ -17,6 +18,8 @@ def check(config: ConfigDict) -> None:
     numeric_keys.check(config)
     check_packing(config)
     decoder.check(config)
+    evaluators.check(config)
+    metrics.check(config)
     if config.model.vocabulary == "adaptive":
         vocabulary.clusters(config, sizes.least_vocabulary(config))
     decoder.make_position(config)

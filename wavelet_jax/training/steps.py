@@ -216,6 +216,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(params),
+            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
             # The optimizer's own count, which skipped updates do not move.
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": after.skipped,
