@@ -18,15 +18,8 @@ from wavelet_jax.ranges import Range
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if os.isatty(2) else 30
-WRITTEN = (
-    "config.json",
-    "metrics.jsonl",
-    "lock",
-    "tensorboard",
-    "checkpoints",
-    "profile",
-    "wandb",
-)  # all that a run writes
+# All that a run writes, except for what wandb keeps of it in wandb/, which has links of its own.
+WRITTEN = ("config.json", "metrics.jsonl", "lock", "tensorboard", "checkpoints", "profile")
 
 # What may differ when a run goes on: none of these changes what is trained. Another mesh, and what trades time for
 # memory there, adds up in another order and draws other dropout masks; the text itself is known by its fingerprint,
