@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavelet_jax.attention.tiles import skew
+from wavelet_jax.attention.tiled.skew import skew
 from wavelet_jax.positions.rope import frequencies
 from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
 
@@ -113,7 +113,7 @@ def _torch_table(length: int, head_dim: int):
 
 
 def _torch_skew(products):
-    """[.., L, L] by distance -> [.., L, L] by key; see `wavelet_jax.attention.tiles.skew`."""
+    """[.., L, L] by distance -> [.., L, L] by key; see `wavelet_jax.attention.tiled.tile.skew`."""
     import torch
 
     *lead, length, _ = products.shape

@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wavelet_jax.attention import sweep, tiled
-from wavelet_jax.attention.tiles import Inputs, Plan
+from wavelet_jax.attention import tiled
+from wavelet_jax.attention.call import Call
+from wavelet_jax.attention.tiled import sweep
+from wavelet_jax.attention.tiled.geometry import Plan
+from wavelet_jax.attention.tiled.tile import Inputs
 from wavelet_jax.positions.terms import Terms
 
 EARLY, LATE = 0, 1
@@ -123,18 +126,17 @@ attention.defvjp(_forward, _backward)
 
 
 def _plan(terms: Terms, query: jax.Array, distance: jax.Array | int) -> Plan:
-    _, run, _, head_dim = query.shape
+    _, run, heads, head_dim = query.shape
     known = None if isinstance(distance, jax.Array) else distance
-    tiles = tiled._choose_tiles(run, run, terms)
-    plan = Plan(tiles, True, None, known, run, run, None, False, 1 / math.sqrt(head_dim))
-    constants = tiled.constants_of(plan, terms, tiled.default_tolerance(query.dtype))
-    return dataclasses.replace(plan, constants=constants)
+    call = Call(terms, run, run, heads, heads, head_dim, query.dtype, known)
+    plan = Plan(tiled._choose_sizes(call), True, None, known, run, run, None, False, 1 / math.sqrt(head_dim))
+    return dataclasses.replace(plan, factors=tiled.factors_of(plan, terms, call.tolerance))
 
 
 def _inputs(plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array) -> Inputs:
     padding = [(0, 0), (0, 0), plan.padding, (0, 0)]
     keys, values = (jnp.pad(jnp.moveaxis(x, 1, 2), padding) for x in (key, value))
-    return Inputs(tiled._cut(query, plan.tiles.rows, key.shape[2]), None, keys, values, None, None, None)
+    return Inputs(tiled._tile_queries(query, plan.sizes.rows, key.shape[2]), None, keys, values, None, None, None)
 
 
 def _partial(terms: Terms, query: jax.Array, key: jax.Array, value: jax.Array, distance: jax.Array | int):
@@ -149,9 +151,10 @@ def _partial_gradients(terms: Terms, query, out, logsumexp, d_out, key, value, d
     """What these keys add to the gradients of queries, keys and values; `out` and `logsumexp` are over all keys."""
     plan, heads = _plan(terms, query, distance), key.shape[2]
     inputs, transposed = jax.vjp(functools.partial(_inputs, plan), query, key, value)
-    padding = [(0, 0), (0, -query.shape[1] % plan.tiles.rows), (0, 0)]
+    padding = [(0, 0), (0, -query.shape[1] % plan.sizes.rows), (0, 0)]
     logsumexp = jnp.pad(logsumexp, padding, constant_values=jnp.inf)
-    logsumexp = einops.rearrange(logsumexp, "b (n u) (k g) -> n b k g u", u=plan.tiles.rows, k=heads)
-    residuals = inputs, jnp.asarray(distance, jnp.int32), None, tiled._cut(out, plan.tiles.rows, heads), logsumexp
-    gradients, *_ = sweep._attend_backward(plan, residuals, tiled._cut(d_out, plan.tiles.rows, heads))
+    logsumexp = einops.rearrange(logsumexp, "b (n u) (k g) -> n b k g u", u=plan.sizes.rows, k=heads)
+    out = tiled._tile_queries(out, plan.sizes.rows, heads)
+    residuals = inputs, jnp.asarray(distance, jnp.int32), None, out, logsumexp
+    gradients, *_ = sweep._attend_backward(plan, residuals, tiled._tile_queries(d_out, plan.sizes.rows, heads))
     return transposed(gradients)

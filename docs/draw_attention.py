@@ -18,8 +18,10 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch, Polygon, Rectangle
 
 from wavelet_jax import positions
-from wavelet_jax.attention import attention, factors, tiled
-from wavelet_jax.attention.tiles import Plan, Tiles, rows_of
+from wavelet_jax.attention import attention, tiled
+from wavelet_jax.attention.relative import factors
+from wavelet_jax.attention.tiled.geometry import Plan, TileSizes
+from wavelet_jax.attention.tiled.tile import query_forms
 from wavelet_jax.figures.style import COLORS
 from wavelet_jax.positions import Terms
 
@@ -41,18 +43,18 @@ def table_of(terms: Terms, count: int) -> np.ndarray:
 def plan_of(terms: Terms, tolerance: float) -> Plan:
     """The plan that `tiled` has for LENGTH queries and keys, with its factors."""
     plan = Plan(tiled.TILES["constant keys"], True, None, 0, LENGTH, LENGTH, None, False, 1 / math.sqrt(HEAD_DIM))
-    return dataclasses.replace(plan, constants=tiled.constants_of(plan, terms, tolerance))
+    return dataclasses.replace(plan, factors=tiled.factors_of(plan, terms, tolerance))
 
 
 def ranks(found: factors.Factors) -> tuple[int, int, int]:
     """(columns of the near form, those of the far form, key tiles that it reaches)."""
-    return found.near.rows.shape[-1], found.far[0].basis.shape[-1], found.tiles[0]
+    return found.near.rows.shape[-1], found.far[0].basis.shape[-1], found.reach_in_tiles[0]
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
-def draw_table(terms: Terms, tiles: Tiles, path: Path) -> None:
+def draw_table(terms: Terms, tiles: TileSizes, path: Path) -> None:
     """The table with its support, and how fast the singular values of its zones fall."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110, layout="constrained")
     distance = np.unique(np.geomspace(1, LENGTH, 400).astype(int)) - 1
@@ -99,7 +101,7 @@ def draw_table(terms: Terms, tiles: Tiles, path: Path) -> None:
 
 def draw_tiles(plan: Plan, path: Path) -> None:
     """Which form serves which pair of query and key, in the sizes that `tiled` takes for LENGTH tokens."""
-    tiles, reached = plan.tiles, plan.constants.tiles[0]
+    tiles, reached = plan.sizes, plan.factors.tiles[0]
     figure, axes = plt.subplots(figsize=(7, 6), dpi=110, layout="constrained")
 
     def box(key: int, query: int, width: int, height: int, **look) -> None:
@@ -124,9 +126,9 @@ def draw_tiles(plan: Plan, path: Path) -> None:
     axes.set_xlabel("key (position, tokens)")
     axes.set_ylabel("query (position, tokens)")
     axes.set_aspect("equal")
-    rank = plan.constants.far[0].basis.shape[-1]
+    rank = plan.factors.far[0].basis.shape[-1]
     axes.set_title(
-        f"Tiles: {tiles.rows:,} queries, blocks of {tiles.block} with a band of {tiles.band}, {tiles.keys} keys"
+        f"TileSizes: {tiles.rows:,} queries, blocks of {tiles.block} with a band of {tiles.band}, {tiles.keys} keys"
     )
     axes.legend(
         handles=[
@@ -150,15 +152,15 @@ def print_ranks() -> None:
     for first_exponent in (0, 2):
         terms = wavelet_terms(first_exponent)
         for tolerance in TOLERANCES:
-            near, far, reached = ranks(plan_of(terms, tolerance).constants)
+            near, far, reached = ranks(plan_of(terms, tolerance).factors)
             print(f"  2^{first_exponent}.., {tolerance:g}: {terms.support}, {near}, {far}, {reached}")
 
 
 def errors_of_scores(plan: Plan, table: np.ndarray, query_TxD: np.ndarray) -> tuple[float, float]:
     """The largest error of q . p / sqrt(D) by the near and by the far form, float32, in the last tile of queries."""
-    tiles = plan.tiles
+    tiles = plan.sizes
     last_DxU = jnp.asarray(query_TxD[-tiles.rows :]).T
-    made = rows_of(plan, last_DxU[None, None, :, None], None)
+    made = query_forms(plan, last_DxU[None, None, :, None], None)
     near = np.asarray(made.near[0, 0, :, 0], np.float64)  # [W, U]
     far_RxU = made.far[0][0, 0, :, 0]
     first = LENGTH - tiles.rows
@@ -169,7 +171,7 @@ def errors_of_scores(plan: Plan, table: np.ndarray, query_TxD: np.ndarray) -> tu
     wanted = exact_UxT[row, np.maximum(distance, 0)]
     near_error = np.max(np.abs(near - wanted), where=distance >= 0, initial=0)
     far_error = 0.0
-    for n, basis in enumerate(plan.constants.far[0].basis):
+    for n, basis in enumerate(plan.factors.far[0].basis):
         found = np.asarray(jnp.asarray(basis) @ far_RxU, np.float64)  # [V, U]
         distance = row + tiles.band + (n + 1) * tiles.keys - np.arange(tiles.keys)[:, None]
         far_error = max(far_error, np.max(np.abs(found - exact_UxT[row, distance])))
@@ -222,7 +224,7 @@ def print_errors() -> None:
 def main() -> None:
     terms = wavelet_terms()
     plan = plan_of(terms, tiled.FAR_TOLERANCE["float32"])
-    draw_table(terms, plan.tiles, IMAGES / "attention_table.png")
+    draw_table(terms, plan.sizes, IMAGES / "attention_table.png")
     draw_tiles(plan, IMAGES / "attention_tiles.png")
     print_ranks()
     print_errors()

@@ -17,8 +17,9 @@ from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 from support.project import ROOT, environment
 
-from wavelet_jax.attention import attention, pallas_tpu, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention import attention, tiled
+from wavelet_jax.attention.flash import tpu
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import METHODS, make
 
@@ -39,7 +40,7 @@ MOSTLY_SLOW = ["segments", *(pytest.param(how, marks=slow) for how in OPTIONS if
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, Tiles(rows=8, block=4, band=4, keys=8)))
+    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, TileSizes(rows=8, block=4, band=4, keys=8)))
 
 
 def plain_shape(shape, dtype, axes=()) -> jax.ShapeDtypeStruct:
@@ -158,7 +159,7 @@ def test_kernels_ask_for_an_unchecked_shard_map():
     batch = PartitionSpec("batch")
     specs = PartitionSpec(), batch, batch, batch, batch, PartitionSpec(), batch
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[:4])
-    with pallas_tpu.interpreted(), pytest.raises(UserError, match=r"pallas_tpu backend needs .*check_vma=False"):
+    with tpu.interpreted(), pytest.raises(UserError, match=r"pallas_tpu backend needs .*check_vma=False"):
         jax.eval_shape(mapped, *arguments)
 
 

@@ -17,7 +17,7 @@ from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 
 from wavelet_jax.attention import attention, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import METHODS, make
 
@@ -82,7 +82,7 @@ FAR_TOLERANCE = 1e-6
 def _small_tiles():
     """So that ten tokens have tiles of all kinds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, Tiles(rows=4, block=2, band=2, keys=3)))
+        patch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, TileSizes(rows=4, block=2, band=2, keys=3)))
         yield
 
 

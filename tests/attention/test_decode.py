@@ -10,7 +10,9 @@ import pytest
 from support.compilation import quick_jit
 
 from wavelet_jax import positions
-from wavelet_jax.attention import DECODE_UP_TO, attention, decode, reference
+from wavelet_jax.attention import attention, decode, reference
+from wavelet_jax.attention.call import Call
+from wavelet_jax.attention.choose import MAX_DECODE_QUERIES
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Terms
 
@@ -115,7 +117,7 @@ def test_the_cache_is_not_written_out_for_all_heads():
 def test_auto(monkeypatch):
     """Few queries over more keys go to `decode`; what it cannot carry, and whole short sequences, do not."""
     calls = []
-    monkeypatch.setattr(decode, "attention", lambda query, *_, **__: calls.append(query.shape[1]) or query)
+    monkeypatch.setattr(decode, "attend", lambda query, *_, **__: calls.append(query.shape[1]) or query)
     terms = positions.make("nope", num_heads=H, head_dim=D).terms({})
 
     def attend(T: int, S: int, **options) -> None:
@@ -123,14 +125,14 @@ def test_auto(monkeypatch):
         jax.eval_shape(lambda q, k, v: attention(q, k, v, terms, **given), *arrays(T, S))
 
     attend(5, 5)
-    attend(DECODE_UP_TO + 1, 60)
+    attend(MAX_DECODE_QUERIES + 1, 60)
     attend(2, 60, dropout_rate=0.5, dropout_key=jax.random.key(0))
     attend(2, 60, query_positions=np.array([40, 50]))
     attend(2, 60, backend="tiled")
     assert not calls
     attend(1, 60)
-    attend(DECODE_UP_TO, 60)
-    assert calls == [1, DECODE_UP_TO]
+    attend(MAX_DECODE_QUERIES, 60)
+    assert calls == [1, MAX_DECODE_QUERIES]
 
 
 # -- no silent quadratic form ------------------------------------------------------------------------------------
@@ -169,14 +171,16 @@ def test_the_estimate_counts_what_the_definition_makes():
         options = {"values": True} if name == "shaw" else {}
         method = positions.make(name, num_heads=H, head_dim=D, **options)
         terms = method.terms(method.init(jax.random.key(0)))
-        distance = (B, T, S) if rows else (T, S)
-        shapes = reference.array_shapes(B, H, terms, distance)
+        positions_of = {"query_positions": jnp.zeros((B, T) if rows else (T,), jnp.int32)}
+        positions_of["key_positions"] = jnp.zeros((B, S) if rows else (S,), jnp.int32)
+        call = Call(terms, T, S, H, H, D, jnp.dtype("float32"), None, **positions_of)
+        shapes = reference.array_shapes(call, B)
         queries, keys = normal(0, B, T, H, D), normal(1, B, S, H, D)
 
-        def run(q, k, distance, terms=terms):
-            return reference.attention(q, k, k, terms, distance)
+        def run(q, k, call=call):
+            return reference.attend(q, k, k, call)
 
-        traced = jax.make_jaxpr(run)(queries, keys, jnp.zeros(distance, jnp.int32))
+        traced = jax.make_jaxpr(run)(queries, keys)
         made = {variable.aval.shape for equation in traced.eqns for variable in equation.outvars}
         assert set(shapes) <= made, name
         assert len(shapes) == 2 + sum(

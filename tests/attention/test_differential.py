@@ -17,10 +17,9 @@ from support import oracle
 from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 
-import wavelet_jax.attention
 from configs import smoke
-from wavelet_jax.attention import attention, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention import attention, choose, tiled
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.positions import make
@@ -71,7 +70,7 @@ class Case:
     heads: int
     kv_heads: int
     head_dim: int
-    tiles: Tiles | None
+    tiles: TileSizes | None
     dtype: str
     positions: str
     places: tuple[int, int]
@@ -94,7 +93,11 @@ def cases(draw) -> Case:
     first = draw(st.sampled_from([0, 0, 0, 7, -30, LAST - 100, -LAST]))
     kv_heads, block = draw(st.integers(1, 3)), draw(st.integers(1, 16))
     tiles = st.builds(
-        Tiles, st.sampled_from([block, 2 * block, 3 * block]), st.just(block), st.integers(0, 16), st.integers(1, 48)
+        TileSizes,
+        st.sampled_from([block, 2 * block, 3 * block]),
+        st.just(block),
+        st.integers(0, 16),
+        st.integers(1, 48),
     )
     return Case(
         seed=draw(st.integers(0, 99)),
@@ -180,7 +183,7 @@ def hidden_of(case: Case, query_positions: np.ndarray, key_positions: np.ndarray
 def check(case: Case, monkeypatch) -> None:
     """Output, and gradients where the case has them, within the rounding of the case's dtype of the oracle's."""
     monkeypatch.setattr(tiled, "TILES", TILES if case.tiles is None else dict.fromkeys(TILES, case.tiles))
-    monkeypatch.setattr(wavelet_jax.attention, "TILED_FROM", 200)
+    monkeypatch.setattr(choose, "MIN_TILED_SCORES", 200)
     name, options = options_of(case)
     method = make(name, num_heads=case.heads, head_dim=case.head_dim, **options)
     generator = np.random.default_rng(case.seed + 200)

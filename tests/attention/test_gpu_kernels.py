@@ -20,12 +20,13 @@ from support import oracle
 from support.compilation import quick_jit
 from support.project import ROOT
 
-import wavelet_jax.attention
 from wavelet_jax import positions
-from wavelet_jax.attention import attention, cudnn, tiled, triton_gpu
-from wavelet_jax.attention.call import Call
-from wavelet_jax.attention.tiles import Tiles
-from wavelet_jax.attention.triton_gpu import Blocks, Launch, Sizes
+from wavelet_jax.attention import attention, choose
+from wavelet_jax.attention.call import FAR_TOLERANCE, Call
+from wavelet_jax.attention.flash import cudnn, gpu
+from wavelet_jax.attention.flash.arrays import prepare
+from wavelet_jax.attention.flash.gpu import Blocks, Launch, Sizes
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 
 slow = pytest.mark.slow
@@ -39,7 +40,7 @@ def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
 # -- the kernels in Triton's interpreter ----------------------------------------------------------------------------
 
 # So small that short sequences have tiles of all kinds, and blocks that are parts of tiles.
-SMALL = Tiles(rows=32, block=32, band=32, keys=32)
+SMALL = TileSizes(rows=32, block=32, band=32, keys=32)
 BLOCKS = (Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1))
 
 
@@ -47,12 +48,12 @@ def interpret(launch: Launch) -> list[jax.Array]:
     """Runs a launch in Triton's interpreter, on the CPU. Outputs begin as NaN: all of them must be written."""
     import torch
 
-    from wavelet_jax.attention import triton_kernels
-
     def run(*arrays):
         inputs = [torch.from_numpy(np.array(x)) for x in arrays]
         outputs = [torch.full(x.shape, math.nan, dtype=getattr(torch, np.dtype(x.dtype).name)) for x in launch.outputs]
-        kernel = getattr(triton_kernels, launch.kernel)
+        from wavelet_jax.attention.flash import gpu_kernels
+
+        kernel = getattr(gpu_kernels, launch.kernel)
         kernel[(launch.programs,)](*inputs, *launch.counts.values(), *outputs, **launch.constants)
         return [x.numpy() for x in outputs]
 
@@ -65,8 +66,8 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton", minversion="3.8")  # before, its interpreter fails with NumPy 2.4
     pytest.importorskip("torch")
     sizes = {(90, size, 256): Sizes(SMALL, *BLOCKS) for size in (2, 4)}
-    monkeypatch.setattr(triton_gpu, "SIZES", sizes)
-    with triton_gpu.launching(interpret, 90):
+    monkeypatch.setattr(gpu, "SIZES", sizes)
+    with gpu.launching(interpret, 90):
         yield
 
 
@@ -161,7 +162,7 @@ def test_cases_have_runs_of_all_kinds():
         terms = positions.make("wavelet", num_heads=2, head_dim=D, num_scales=4).terms({})
         if wavelets:
             call = Call(terms, T, S, 2, 1, D, jnp.dtype(dtype), offset, causal=causal)
-            layout = wavelet_jax.attention.prepared.prepare(call, SMALL).layout
+            layout = prepare(call, SMALL).layout
             for i in range(layout.row_tiles):
                 for j in range(layout.end(i)):
                     kind = "near" if layout.is_near(i, j) else "far" if layout.is_far(i, j) else "plain"
@@ -183,7 +184,7 @@ def test_a_mapped_axis_is_more_batch():
     x, z = normal(0, 3, 4, 2, 5), normal(1, 4, 2, 5)
     with pytest.raises(NotImplementedError, match="vmap"):
         jax.vmap(alone, in_axes=((0, None), None))((x[:, 0], None), z[0])
-    folded = triton_gpu.folding(alone)
+    folded = gpu.folding(alone)
     some = jax.vmap(folded, in_axes=((0, None), None))
     out, nothing = quick_jit(jax.vmap(some, in_axes=((1, None), 0)))((x, None), z)
     assert nothing is None
@@ -211,7 +212,7 @@ def test_launches_of_a_mapped_call_are_those_of_a_larger_batch():
         assert [x.shape for x in out] == [shape] * 3
         return set(launches)
 
-    with triton_gpu.launching(stand_in, 90):
+    with gpu.launching(stand_in, 90):
         wanted = launched(gradients, 6, 100, 2, 16)
         assert {name for name, *_ in wanted} == {"forward", "query_gradients", "key_gradients"}
         # It is traced with its own batch too, which nothing computes.
@@ -222,17 +223,17 @@ def test_launches_of_a_mapped_call_are_those_of_a_larger_batch():
 
 
 def test_sizes_fit_together():
-    for (arch, _, _), sizes in triton_gpu.SIZES.items():
-        assert arch in triton_gpu.CAPABILITIES.values()
+    for (arch, _, _), sizes in gpu.SIZES.items():
+        assert arch in gpu.CAPABILITIES.values()
         assert sizes.tiles.rows % sizes.tiles.keys == 0
         assert sizes.tiles.band % sizes.tiles.keys == 0
         for blocks in sizes[1:]:
             assert sizes.tiles.rows % blocks.rows == 0
             assert sizes.tiles.keys % blocks.keys == 0
-    for arch in triton_gpu.CAPABILITIES.values():
-        for dtype in triton_gpu.DTYPES:
+    for arch in gpu.CAPABILITIES.values():
+        for dtype in gpu.DTYPES:
             for head_dim in (1, 16, 64, 65, 128, 256):
-                assert triton_gpu._sizes(arch, jnp.dtype(dtype), head_dim)
+                assert gpu._sizes(arch, jnp.dtype(dtype), head_dim)
 
 
 def outside(*command: str) -> str:
@@ -269,8 +270,9 @@ LOWER = """
 import jax
 import jax.numpy as jnp
 from wavelet_jax import positions
-from wavelet_jax.attention import attention, triton_gpu
-triton_gpu.gpu_capability = lambda: (9, 0)
+from wavelet_jax.attention import attention
+from wavelet_jax.attention.flash import gpu
+gpu.gpu_capability = lambda: (9, 0)
 terms = positions.make("wavelet", num_heads=2, head_dim=64).terms({})
 query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
 run = lambda *x: jax.vjp(lambda *y: attention(*y, terms, backend="triton_gpu"), *x)[1](x[0])
@@ -299,7 +301,7 @@ def call_of(name: str, options=None, **changes) -> Call:
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As on a GPU with everything installed; nothing may be computed."""
-    monkeypatch.setattr(triton_gpu, "gpu_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "gpu_capability", lambda: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
@@ -313,7 +315,7 @@ def test_refused_without_a_gpu(backend):
 
 def test_triton_says_what_it_cannot_carry(on_hopper, monkeypatch):
     def needs(*arguments, **changes) -> str:
-        return " and ".join(triton_gpu.obstacles(call_of(*arguments, **changes)))
+        return " and ".join(gpu.unsupported(call_of(*arguments, **changes)))
 
     assert needs("wavelet") == needs("rope") == needs("wavelet", head_dim=48) == ""
     assert "float16 or bfloat16 or float32" in needs("rope", dtype=jnp.dtype("float64"))
@@ -321,13 +323,13 @@ def test_triton_says_what_it_cannot_carry(on_hopper, monkeypatch):
     assert "without a bias" in needs("alibi")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert needs("wavelet") == "triton and jax_triton (pip install 'wavelet-jax[cuda]')"
-    monkeypatch.setattr(triton_gpu, "gpu_capability", lambda: (8, 6))  # a third less shared memory than 8.0
+    monkeypatch.setattr(gpu, "gpu_capability", lambda: (8, 6))  # a third less shared memory than 8.0
     assert "8.0 or 9.0 (this process runs on a GPU of 8.6)" in needs("wavelet")
 
 
 def test_cudnn_says_what_it_cannot_carry(on_hopper, monkeypatch):
     def needs(*arguments, **changes) -> str:
-        return " and ".join(cudnn.obstacles(call_of(*arguments, **changes)))
+        return " and ".join(cudnn.unsupported(call_of(*arguments, **changes)))
 
     assert needs("rope") == needs("nope") == needs("rope", head_dim=256) == ""
     assert needs("rope", causal=False, offset=-5) == needs("rope", causal=False, offset=None) == ""
@@ -337,18 +339,18 @@ def test_cudnn_says_what_it_cannot_carry(on_hopper, monkeypatch):
     assert "multiple of 8" in needs("rope", head_dim=36)
     assert "same known positions" in needs("rope", offset=3)
     assert "no window and no segment_ids or padding mask and no attention dropout" in needs(
-        "rope", window=5, segments=True, dropout=True
+        "rope", window=5, segment_ids=(jnp.zeros((1, 1), jnp.int32),) * 2, dropout_rate=0.5
     )
-    monkeypatch.setattr(triton_gpu, "gpu_capability", lambda: (8, 0))
+    monkeypatch.setattr(gpu, "gpu_capability", lambda: (8, 0))
     assert "at most 128" in needs("rope", head_dim=256)
 
 
 def test_auto_on_a_gpu(on_hopper, monkeypatch):
     def chosen(*arguments, **changes) -> str:
-        return wavelet_jax.attention._choose("auto", call_of(*arguments, **changes))
+        return choose.choose("auto", call_of(*arguments, **changes), batch=1)
 
     assert chosen("wavelet") == "triton_gpu"
-    assert chosen("wavelet", segments=True) == "tiled"
+    assert chosen("wavelet", segment_ids=(jnp.zeros((1, 1), jnp.int32),) * 2) == "tiled"
     assert chosen("rope") == "triton_gpu"  # cuDNN's gradients would differ from run to run
     monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1 --xla_gpu_deterministic_ops=true")
     assert chosen("rope") == "cudnn"
@@ -374,18 +376,18 @@ def test_cudnns_wrapper_means_the_same(causal):
     call = call_of("rope", queries=60, keys=60, dtype=jnp.dtype("float32"), causal=causal)
     query, key, value = normal(0, 2, 60, 4, 64), normal(1, 2, 60, 2, 64), normal(2, 2, 60, 2, 64)
     wanted = attention(query, key, value, positions.make("nope", num_heads=4, head_dim=64).terms({}), causal=causal)
-    got = cudnn.attention(query, key, value, call, implementation="xla")
+    got = cudnn.attend(query, key, value, call, implementation="xla")
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6)
 
 
 def test_same_tolerance_as_tiled(on_hopper):
     """No entry of the table is wrong by more than `tiled` allows: the kernels read the same constants."""
     call = call_of("wavelet")
-    made = wavelet_jax.attention.prepared.prepare(call, triton_gpu._tiles(call))
+    made = prepare(call, gpu._tiles(call))
     far = made.constants.far[0]
     table = np.einsum("isr,urc,dc->iusd", far.basis[:, ::-1], far.rows, far.project)
-    tiles, before = triton_gpu._tiles(call), triton_gpu._tiles(call).band
+    tiles, before = gpu._tiles(call), gpu._tiles(call).band
     distance = np.arange(tiles.rows)[:, None] + before + 1 + np.arange(len(far.basis) * tiles.keys)
     exact = np.asarray(call.terms.relative_keys(jnp.asarray(distance, jnp.int32)))
     exact = exact.reshape(tiles.rows, len(far.basis), tiles.keys, -1).swapaxes(0, 1)
-    np.testing.assert_allclose(table, exact, rtol=0, atol=tiled.FAR_TOLERANCE["bfloat16"])
+    np.testing.assert_allclose(table, exact, rtol=0, atol=FAR_TOLERANCE["bfloat16"])

@@ -11,13 +11,17 @@ from support.compilation import quick_jit
 from test_tiled import FLOAT32, assert_same, inputs, oracle, per_head_grids, ricker_table, value_and_gradients
 
 from wavelet_jax import positions
-from wavelet_jax.attention import TILED_FROM, attention, pallas_tpu, prepared
+from wavelet_jax.attention import attention
 from wavelet_jax.attention.call import Call
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.choose import MIN_TILED_SCORES
+from wavelet_jax.attention.flash import arrays as flash_arrays
+from wavelet_jax.attention.flash import tpu
+from wavelet_jax.attention.flash.arrays import _parts, arrays_of, prepare, unsupported_by_kernels
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 
 slow = pytest.mark.slow
-SMALL = Tiles(rows=32, block=32, band=16, keys=16)  # so that short sequences have tiles of all kinds
+SMALL = TileSizes(rows=32, block=32, band=16, keys=16)  # so that short sequences have tiles of all kinds
 
 
 # -- the arrays that kernels read ---------------------------------------------------------------------------------
@@ -49,12 +53,12 @@ def test_arrays_hold_every_position_score_once(case):
     T, S, offset, causal = (options.pop(name) for name in ("T", "S", "offset", "causal"))
     terms = positions.make("wavelet", num_heads=4, head_dim=16, **options).terms({})
     call = Call(terms, T, S, 4, 2, 16, jnp.float32, offset, causal=causal)
-    assert prepared.obstacles(call, SMALL) == []
-    made = prepared.prepare(call, SMALL)
+    assert unsupported_by_kernels(call, SMALL) == []
+    made = prepare(call, SMALL)
     layout, U, V = made.layout, SMALL.rows, SMALL.keys
     generator = np.random.default_rng(0)
     query, key = (np.float32(generator.normal(size=(1, length, heads, 16))) for length, heads in ((T, 4), (S, 2)))
-    arrays = jax.tree.map(np.asarray, quick_jit(functools.partial(prepared.arrays_of, made))(query, None, key, key))
+    arrays = jax.tree.map(np.asarray, quick_jit(functools.partial(arrays_of, made))(query, None, key, key))
     np.testing.assert_array_equal(arrays.key_BxKxSxD[:, :, layout.first_key : layout.end_key], key.swapaxes(1, 2))
 
     scores = np.zeros((4, layout.row_tiles * U, layout.key_tiles * V))
@@ -93,7 +97,7 @@ def test_arrays_know_what_they_cannot_carry():
 
         def traced(params):  # what is learned is traced
             call = Call(method.terms(params), 90, 90, 4, 2, 16, jnp.float32, 0)
-            found.extend(prepared.obstacles(dataclasses.replace(call, **changes), SMALL))
+            found.extend(unsupported_by_kernels(dataclasses.replace(call, **changes), SMALL))
 
         jax.eval_shape(traced, method.init(jax.random.key(0)))
         return " and ".join(found)
@@ -101,7 +105,7 @@ def test_arrays_know_what_they_cannot_carry():
     assert needs("wavelet") == needs("rope") == needs("nope") == ""
     assert "consecutive positions" in needs("rope", offset=None)
     assert "no attention dropout and no segment_ids or padding mask and no window" in needs(
-        "rope", dropout=True, segments=True, window=3
+        "rope", dropout_rate=0.5, segment_ids=(jnp.zeros((1, 1), jnp.int32),) * 2, window=3
     )
     assert "without a bias" in needs("alibi")
     assert "constant" in needs("wavelet", {"trainable": True})
@@ -115,11 +119,11 @@ def test_arrays_know_what_they_cannot_carry():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "TILES", (SMALL, Tiles(rows=32, block=32, band=0, keys=16)))
+    monkeypatch.setattr(tpu, "TILES", (SMALL, TileSizes(rows=32, block=32, band=0, keys=16)))
 
 
 def by_kernel(method, *arrays, **options) -> dict:
-    with pallas_tpu.interpreted():
+    with tpu.interpreted():
         return value_and_gradients("pallas_tpu", method, {}, *arrays, **options)
 
 
@@ -163,9 +167,9 @@ def test_a_part_of_the_heads_at_a_time(small_tiles, monkeypatch):
     method = positions.make("wavelet", num_heads=4, head_dim=32)
     arrays = inputs(40, 40)
     expected = value_and_gradients("reference", method, {}, *arrays)
-    monkeypatch.setattr(prepared, "NEAR_BYTES", 2**10)
+    monkeypatch.setattr(flash_arrays, "NEAR_BYTES", 2**10)
     call = Call(method.terms({}), 40, 40, 4, 2, 32, jnp.float32, 0)
-    assert prepared._parts(prepared.prepare(call, SMALL), 2, 2) == 2
+    assert _parts(prepare(call, SMALL), 2, 2) == 2
     assert_same(by_kernel(method, *arrays), expected, FLOAT32)
 
 
@@ -233,7 +237,7 @@ def test_causal_at_tile_borders(small_tiles):
         _, pull = jax.vjp(lambda k, v: attention(query, k, v, terms, backend="pallas_tpu"), key, value)
         return pull(jnp.where(jnp.arange(70)[:, None, None] == row, cotangent, 0))
 
-    with pallas_tpu.interpreted():
+    with tpu.interpreted():
         for row in (0, 15, 16, 31, 32, 33, 47, 48, 69):
             by_key, by_value = (np.any(np.asarray(gradient)[0] != 0, axis=(1, 2)) for gradient in gradients(row))
             assert by_value[: row + 1].all()
@@ -253,7 +257,7 @@ def test_named_kernels_refuse_what_they_cannot_carry():
 
     with pytest.raises(UserError, match=r"the pallas_tpu backend needs a TPU \(this program is for a cpu\)"):
         call()
-    with pallas_tpu.interpreted():
+    with tpu.interpreted():
         with pytest.raises(UserError, match="needs a position method without a bias: use backend='auto'"):
             call("alibi")
         with pytest.raises(UserError, match="needs no segment_ids or padding mask and no window"):
@@ -264,8 +268,8 @@ def test_named_kernels_refuse_what_they_cannot_carry():
 
 def test_auto_takes_the_kernel_on_a_tpu_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(pallas_tpu, "attention", lambda query, *_: calls.append(query.shape) or query)
-    L = int(TILED_FROM**0.5)
+    monkeypatch.setattr(tpu, "attend", lambda query, *_: calls.append(query.shape) or query)
+    L = int(MIN_TILED_SCORES**0.5)
     query, key, value, _ = inputs(L, L, H=1, K=1, D=16, B=1)
     terms = positions.make("nope", num_heads=1, head_dim=16).terms({})
     attention(query, key, value, terms)
@@ -299,7 +303,7 @@ def test_compiles_for_a_tpu(dtype, name, causal, chip, monkeypatch):
     def run(query, key, value, cotangent):
         def output(query, key, value):
             call = Call(terms, L, L, H, K, D, query.dtype, 0, causal=causal)
-            return pallas_tpu.attention(query, key, value, call)
+            return tpu.attention(query, key, value, call)
 
         out, pull = jax.vjp(output, query, key, value)
         return out, pull(cotangent)

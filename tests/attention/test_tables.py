@@ -13,7 +13,7 @@ from support.compilation import quick_jit
 
 from configs.paper import table3, table4
 from wavelet_jax.attention import attention, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 from wavelet_jax.model.decoder import make_position
 from wavelet_jax.positions import make
@@ -112,7 +112,7 @@ def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: in
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    sizes = Tiles(rows=8, block=4, band=4, keys=8)  # so that a few tokens have tiles of all kinds
+    sizes = TileSizes(rows=8, block=4, band=4, keys=8)  # so that a few tokens have tiles of all kinds
     monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, sizes))
 
 

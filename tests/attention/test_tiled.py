@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from support.compilation import quick_jit
 
-import wavelet_jax.attention
 from wavelet_jax import positions
-from wavelet_jax.attention import TILED_FROM, attention, factors, tiled
-from wavelet_jax.attention.tiles import Plan, Tiles
+from wavelet_jax.attention import attention, choose, tiled
+from wavelet_jax.attention.choose import MIN_TILED_SCORES
+from wavelet_jax.attention.relative import factors, tables
+from wavelet_jax.attention.tiled.geometry import Geometry, TileSizes
 from wavelet_jax.errors import UserError
 from wavelet_jax.wavelets import continuous
 
 slow = pytest.mark.slow
-SMALL = Tiles(rows=16, block=8, band=8, keys=32)  # so that short sequences have tiles of all kinds
+SMALL = TileSizes(rows=16, block=8, band=8, keys=32)  # so that short sequences have tiles of all kinds
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_other_grids(grid, causal, trainable, small_tiles):
 def test_random_shapes(data, small_tiles, monkeypatch):
     draw = data.draw
     block, band, keys = (draw(st.integers(low, 24)) for low in (1, 0, 1))
-    chosen = Tiles(block * draw(st.integers(1, 3)), block, band, keys)
+    chosen = TileSizes(block * draw(st.integers(1, 3)), block, band, keys)
     monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, chosen))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     T, S = draw(st.integers(1, 60)), draw(st.integers(1, 60))
@@ -296,10 +297,8 @@ def test_no_entry_is_off_by_more_than_the_tolerance(mother, grid, tolerance):
         continuous.wavelet_position, scales=GRIDS[grid][0], shifts=GRIDS[grid][1], mother=mother
     )
     table = np.asarray(table_of(np.arange(2000, -2001, -1)))
-    found = factors.factor(
-        table, 2000, span=span, rows=rows, block=block, before=before, after=after, keys=keys, tolerance=tolerance
-    )
-    assert max(found.tiles) <= 12
+    found = factors.factor(table, 2000, factors.Cut(span, rows, block, before, after, keys, tolerance))
+    assert max(found.reach_in_tiles) <= 12
 
     def assert_close(approximate, distance):
         error = np.abs(approximate - table[2000 - distance]).max(-1)
@@ -311,7 +310,7 @@ def test_no_entry_is_off_by_more_than_the_tolerance(mother, grid, tolerance):
 
     for tile in range(12):
         for side, first_key in (0, -(before + (tile + 1) * keys)), (1, rows + after + tile * keys):
-            beyond = tile >= found.tiles[side]
+            beyond = tile >= found.reach_in_tiles[side]
             if beyond or found.near is not None:
                 approximate = 0.0 if beyond else rebuilt_far(found.far[side], tile)
                 assert_close(approximate, distances(rows, first_key, keys))
@@ -327,11 +326,11 @@ def test_no_entry_is_off_by_more_than_the_tolerance(mother, grid, tolerance):
 
 
 def test_far_ranks_are_small():
-    """What makes the term cheap: DESIGN's measured ranks, at the default tolerance."""
+    """What makes the term cheap: the measured ranks, at the default tolerance."""
     table = np.asarray(continuous.wavelet_position(np.arange(4500, -600, -1), *continuous.scale_shift_grid(128, 8, 0)))
-    plan = {"span": (0, 4095), "rows": 512, "block": 128, "before": 64, "after": None, "keys": 512}
-    found = factors.factor(table, 4500, tolerance=1e-6, **plan)
-    assert found.tiles == (2, 0)  # up to 64 + 2 * 512 = 1,088 tokens; the support is 2^7 * 5.8 + 15
+    cut = factors.Cut(span=(0, 4095), rows=512, block=128, before=64, after=None, keys=512, tolerance=1e-6)
+    found = factors.factor(table, 4500, cut)
+    assert found.reach_in_tiles == (2, 0)  # up to 64 + 2 * 512 = 1,088 tokens; the support is 2^7 * 5.8 + 15
     assert found.far[0].basis.shape[-1] <= 17
     assert found.far[2].basis.shape[-1] <= 16
     assert found.near.rows.shape[-1] <= 48
@@ -398,7 +397,7 @@ def test_a_long_support_far_away(start, small_tiles, monkeypatch):
     """
     method = positions.make("wavelet", num_heads=4, head_dim=32, first_exponent=14)
     terms = method.terms({})
-    assert terms.support > tiled.FURTHEST_FACTORS
+    assert terms.support > tables.MAX_FACTOR_DISTANCE
     monkeypatch.setattr(factors, "factor", None)
     arrays = inputs(20, 60)[:3]
     far = {"query_positions": start, "key_positions": 0}
@@ -508,9 +507,9 @@ def test_the_definition_is_quadratic_in_length():
 @pytest.mark.parametrize("offset", [-400, -70, -3, 0, 5, 64, 100, 700])
 def test_keys_are_padded_as_far_as_tiles_reach(offset, causal):
     """Every tile that holds a key lies in the padded keys: a slice that did not would be moved, unseen."""
-    tiles = Tiles(rows=64, block=32, band=16, keys=48)
+    tiles = TileSizes(rows=64, block=32, band=16, keys=48)
     for T, S in itertools.product((1, 64, 200), (1, 64, 200)):
-        plan = Plan(tiles, causal, None, offset, T, S, None, False, 1.0)
+        plan = Geometry(tiles, causal, None, offset, T, S)
         before, after = plan.padding
         for position in range(offset, offset + T, tiles.rows):
             start, stop = position - tiles.band, position + tiles.rows + (0 if causal else tiles.band)
@@ -522,7 +521,7 @@ def test_keys_are_padded_as_far_as_tiles_reach(offset, causal):
             for side, outer in enumerate((outer_before, outer_after)):
                 assert plan.has_outer(side) or not outer
                 assert tiles.keys <= S + before + after or not plan.has_outer(side)
-    aligned = Plan(tiles, True, None, 0, 128, 128, None, False, 1.0)
+    aligned = Geometry(tiles, True, None, 0, 128, 128)
     assert aligned.padding == (tiles.keys, 0)
 
 
@@ -553,9 +552,9 @@ def test_refusals():
 def test_auto(monkeypatch):
     """Long sequences go to the tiles, short ones and what the tiles cannot carry to the definition."""
     calls = []
-    monkeypatch.setattr(tiled, "attention", lambda query, *_, **__: calls.append(query.shape) or query)
+    monkeypatch.setattr(tiled, "attend", lambda query, *_, **__: calls.append(query.shape) or query)
     terms = positions.make("nope", num_heads=1, head_dim=16).terms({})
-    L = int(TILED_FROM**0.5)
+    L = int(MIN_TILED_SCORES**0.5)
     long, short = (inputs(length, length, H=1, K=1, D=16, B=1)[:3] for length in (L, L - 1))
     attention(*short, terms)
     attention(*long, terms, dropout_rate=0.5, dropout_key=jax.random.key(0))
@@ -567,11 +566,11 @@ def test_auto(monkeypatch):
 
 
 def test_auto_says_once_what_it_took_and_why(caplog):
-    wavelet_jax.attention._say_once.cache_clear()
+    choose._log_once.cache_clear()
     x = np.ones((1, 8, 1, 16), np.float32)
     with caplog.at_level("INFO", logger="wavelet_jax.attention"):
         for _ in range(2):
             attention(x, x, x, positions.make("nope", num_heads=1, head_dim=16).terms({}))
     [said] = caplog.messages
     assert said.startswith("attention backend: reference (decode needs at most 16 queries over more keys; ")
-    assert said.endswith(f"; tiled needs at least {TILED_FROM} scores a head to be worth it)")
+    assert said.endswith(f"; tiled needs at least {MIN_TILED_SCORES} scores a head to be worth it)")

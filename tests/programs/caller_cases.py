@@ -16,7 +16,7 @@ from support.compilation import quick_jit
 
 from configs import smoke
 from wavelet_jax.attention import attention, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.parallel import sharding
 from wavelet_jax.positions import make
 from wavelet_jax.training import steps
@@ -89,7 +89,7 @@ def train_step_in_set_mesh() -> float:
 
 if __name__ == "__main__":
     # So that a few tokens have tiles of all kinds.
-    tiled.TILES = dict.fromkeys(tiled.TILES, Tiles(rows=8, block=4, band=4, keys=8))
+    tiled.TILES = dict.fromkeys(tiled.TILES, TileSizes(rows=8, block=4, band=4, keys=8))
     for number, name in enumerate(sys.argv[1:]):
         kind = (AxisType.Auto, AxisType.Explicit)[number % 2]
         print(json.dumps({"case": f"{name} by shard_map", "error": by_shard_map(name, kind)}), flush=True)

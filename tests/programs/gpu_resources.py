@@ -3,7 +3,7 @@
     python tests/programs/gpu_resources.py [--arch=80,90] [--dtype=bfloat16,float32] [--head_dim=64,128,256]
         [--kernel=NAME,..] [--causal=0]
 
-compiles every launch of a call with wavelets, forward and backward, for each entry of `triton_gpu.SIZES`, with the
+compiles every launch of a call with wavelets, forward and backward, for each entry of `gpu.SIZES`, with the
 `ptxas` that triton brings along, and prints one JSON object a kernel. A machine with triton and JAX is enough.
 """
 
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from wavelet_jax import positions
-from wavelet_jax.attention import triton_gpu
 from wavelet_jax.attention.call import Call
+from wavelet_jax.attention.flash import gpu
 
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
@@ -32,35 +32,35 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 def launches(
     capability: int, dtype: str, head_dim: int, *, method: str = "wavelet", length: int = 1024, causal: bool = True
-) -> list[triton_gpu.Launch]:
+) -> list[gpu.Launch]:
     """The launches of a call and its gradients, with grouped queries, traced and not run."""
     made = []
 
-    def record(launch: triton_gpu.Launch) -> list[jax.Array]:
+    def record(launch: gpu.Launch) -> list[jax.Array]:
         made.append(launch)
         return [jnp.zeros(x.shape, x.dtype) for x in launch.outputs]
 
     terms = positions.make(method, num_heads=4, head_dim=head_dim).terms({})
     call = Call(terms, length, length, 4, 2, head_dim, jnp.dtype(dtype), 0, causal=causal)
     query, key = (jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype) for heads in (4, 2))
-    with triton_gpu.launching(record, capability):
-        if found := triton_gpu.obstacles(call):
+    with gpu.launching(record, capability):
+        if found := gpu.unsupported(call):
             raise ValueError(found)
         jax.eval_shape(
-            lambda *x: jax.vjp(lambda *y: triton_gpu.attention(*y, call), *x)[1](jnp.zeros_like(x[0])), query, key, key
+            lambda *x: jax.vjp(lambda *y: gpu.attention(*y, call), *x)[1](jnp.zeros_like(x[0])), query, key, key
         )
     return made
 
 
-def resources(launch: triton_gpu.Launch) -> dict[str, int]:
+def resources(launch: gpu.Launch) -> dict[str, int]:
     """Compiles a launch as jax-triton would: registers a thread, bytes of spills, bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
 
-    from wavelet_jax.attention import triton_kernels
+    from wavelet_jax.attention.flash import gpu_kernels
 
-    function = getattr(triton_kernels, launch.kernel)
+    function = getattr(gpu_kernels, launch.kernel)
     types = [TRITON_TYPES[jnp.dtype(x.dtype).name] for x in launch.arrays]
     types += ["i32"] * len(launch.counts) + [TRITON_TYPES[jnp.dtype(x.dtype).name] for x in launch.outputs]
     signature = dict(zip(function.arg_names, types, strict=False))

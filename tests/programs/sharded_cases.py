@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from support.compilation import quick_jit
 
 from wavelet_jax.attention import attention, sharded, tiled
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.positions import METHODS, make
 
 B, H, K, D, T = 2, 4, 2, 16, 48  # grouped queries, and two heads on a device of `tensor` 2
@@ -122,6 +122,6 @@ def compare(method: str, options: dict, how: dict) -> dict:
 
 if __name__ == "__main__":
     # So that a few tokens have tiles of all kinds.
-    tiled.TILES = dict.fromkeys(tiled.TILES, Tiles(rows=4, block=2, band=2, keys=3))
+    tiled.TILES = dict.fromkeys(tiled.TILES, TileSizes(rows=4, block=2, band=2, keys=3))
     for case in sys.argv[1:]:
         print(json.dumps({"case": case, **compare(*CASES[case])}), flush=True)

@@ -1,6 +1,7 @@
 """The training loop as a function: from a notebook, from a wheel, from the parameters of another run."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -180,7 +181,11 @@ def test_a_wheel_trains(tmp_path, text_files):
     """Built from this checkout, unpacked elsewhere, and used without it."""
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(ROOT)]
+    source = tmp_path / "source"  # a build leaves files in the folder that it builds
+    shutil.copytree(ROOT / "wavelet_jax", source / "wavelet_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)]
     subprocess.run(build, check=True, capture_output=True, text=True, cwd=tmp_path)
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, capture_output=True)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from wavelet_jax.analysis.windows import distance_of
 from wavelet_jax.attention import decode
-from wavelet_jax.attention.tiles import unskew
+from wavelet_jax.attention.call import Call
+from wavelet_jax.attention.tiled.skew import unskew
 from wavelet_jax.errors import UserError
 from wavelet_jax.hardware import memory
 from wavelet_jax.model.cache import KVCache
@@ -62,15 +63,16 @@ def probabilities(
     """The softmax of a layer's scores, [B, H, T, S] float32; 0 for keys after their query.
 
     Args:
-      query_BxTxHxD: from `Decoder.queries`: not rotated, at positions start, start + 1, ..
+      query_BxTxHxD: from `queries_of`: not rotated, at positions start, start + 1, ..
       key_BxSxKxD: the layer's keys in the cache: not rotated, at positions 0, 1, ..
     """
     terms = model.terms(layer)
-    (batch, queries, heads, _), keys = query_BxTxHxD.shape, key_BxSxKxD.shape[1]
+    (batch, queries, heads, head_dim), keys = query_BxTxHxD.shape, key_BxSxKxD.shape[1]
     if terms.rotate is not None:
         query_BxTxHxD = terms.rotate(query_BxTxHxD, start + jnp.arange(queries, dtype=jnp.int32))
         key_BxSxKxD = terms.rotate(key_BxSxKxD, jnp.arange(keys, dtype=jnp.int32))
-    weights_BxKxGxTxS = decode.probabilities(query_BxTxHxD, key_BxSxKxD, terms, offset=start)
+    call = Call(terms, queries, keys, heads, key_BxSxKxD.shape[2], head_dim, query_BxTxHxD.dtype, offset=start)
+    weights_BxKxGxTxS = decode.probabilities(query_BxTxHxD, key_BxSxKxD, call)
     return weights_BxKxGxTxS.reshape(batch, heads, queries, keys)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of attention(): each checked, and brought into the one form that backends take."""
+"""The arguments of attention(): each is checked and brought into the one form that backends take."""
 
 import math
 import numbers
@@ -7,13 +7,72 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavelet_jax.attention.call import check_heads
+from wavelet_jax.attention import common
+from wavelet_jax.attention.call import Call, check_heads
 from wavelet_jax.errors import UserError
 from wavelet_jax.integers import HIGHEST, as_int32, check_range, shown
 from wavelet_jax.positions.terms import Terms
 
 # Sums are float32, which would be less than float64 asks for; integers and shorter floats would round the output.
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def canonical(
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    value_BxSxKxD: jax.Array,
+    terms: Terms,
+    *,
+    causal: bool,
+    query_positions: jax.Array | int | None,
+    key_positions: jax.Array | int | None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None,
+    window: int | None,
+    mask: jax.Array | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    far_tolerance: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, Call]:
+    """Queries, keys and values, and the call that backends take; raises `UserError` for what is wrong.
+
+    The arguments are those of `wavelet_jax.attention.attention`. A mask that is padding becomes segments.
+    """
+    query, key, value = arrays_of(query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = query.shape, key.shape
+    check_terms(terms, query.shape)
+    dropout_rate = dropout_of(dropout_rate, dropout_key)
+    check_causal(causal)
+    window, far_tolerance = window_of(window), tolerance_of(far_tolerance)
+    query_positions, query_start, key_positions, key_start = positions_of(
+        query_positions, key_positions, batch, num_queries, num_keys
+    )
+    segment_ids = segments_of(segment_ids, batch, num_queries, num_keys)
+    if mask is not None:
+        mask = mask_of(mask, (batch, num_heads, num_queries, num_keys))
+        if mask.shape[1:3] == (1, 1):
+            segment_ids, mask = hide(mask[:, 0, 0], segment_ids, (batch, num_queries, num_keys)), None
+    consecutive = query_start is not None and key_start is not None
+    call = Call(
+        terms=terms,
+        queries=num_queries,
+        keys=num_keys,
+        heads=num_heads,
+        kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=query.dtype,
+        offset=query_start - key_start if consecutive else None,
+        causal=causal,
+        window=window,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        segment_ids=segment_ids,
+        mask=mask,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        far_tolerance=far_tolerance,
+        varies=bool(common.varying_axes(query)),
+    )
+    return query, key, value, call
 
 
 def arrays_of(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array) -> list[jax.Array]:
@@ -134,7 +193,7 @@ def positions_of(
     """
     if (query is None or key is None) and num_queries != num_keys:
         raise UserError(
-            f"{num_queries} queries and {num_keys} keys have no distances of themselves: "
+            f"with {num_queries} queries and {num_keys} keys the positions cannot be inferred: "
             "give query_positions and key_positions"
         )
     query, query_start = _positions("query_positions", query, batch, num_queries)

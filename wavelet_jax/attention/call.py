@@ -1,4 +1,4 @@
-"""One call of attention as a backend judges it, before any array is computed."""
+"""One call of attention, as every backend is given it."""
 
 import dataclasses
 
@@ -9,23 +9,29 @@ from wavelet_jax.errors import UserError
 from wavelet_jax.hardware import devices
 from wavelet_jax.positions.terms import Terms
 
+# No entry of a constant table of relative keys has a larger error. In float32 scores this is below the rounding of
+# their own sums of D products; bfloat16 rounds queries and keys by 4e-3 of their size, float16 by 5e-4.
+FAR_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """Everything by which a backend may or may not carry a call.
+    """Everything that a backend may ask about a call, beside its queries, keys and values.
 
     Attributes:
       terms: what the position method adds.
       queries, keys: T and S, tokens.
       heads, kv_heads, head_dim: H, K and D.
       dtype: of the queries.
-      offset: position of query 0 less that of key 0: an int, or traced; None: positions are not known to be
+      offset: position of query 0 minus that of key 0: an int, or traced; None: positions are not known to be
         consecutive.
       causal, window: as in `wavelet_jax.attention.attention`.
-      segments: whether there are segment ids.
-      dropout: whether attention probabilities are dropped.
-      varies: whether JAX tracks along which mesh axes the queries vary: inside `jax.shard_map` with `check_vma=True`.
+      query_positions, key_positions: int32 [T] or [B, T], and [S] or [B, S]; None: only `offset` is known.
+      segment_ids: int32 ([B, T], [B, S]) or None.
+      mask: bool [B or 1, H or 1, T or 1, S or 1] or None; False hides a key.
+      dropout_rate, dropout_key: of dropout on the attention probabilities.
       far_tolerance: as in `wavelet_jax.attention.attention`; None for the backend's own.
+      varies: whether JAX tracks along which mesh axes the queries vary: inside `jax.shard_map` with `check_vma=True`.
     """
 
     terms: Terms
@@ -38,10 +44,30 @@ class Call:
     offset: int | jax.Array | None
     causal: bool = True
     window: int | None = None
-    segments: bool = False
-    dropout: bool = False
-    varies: bool = False
+    query_positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    segment_ids: tuple[jax.Array, jax.Array] | None = None
+    mask: jax.Array | None = None
+    dropout_rate: float = 0.0
+    dropout_key: jax.Array | None = None
     far_tolerance: float | None = None
+    varies: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error of an entry of a constant `relative_keys`: `far_tolerance`, or that of the dtype."""
+        if self.far_tolerance is not None:
+            return self.far_tolerance
+        return FAR_TOLERANCE.get(jnp.dtype(self.dtype).name, FAR_TOLERANCE["float32"])
+
+    @property
+    def clamped_offset(self) -> int | jax.Array:
+        """The offset, where causal no further below 0 than hides all keys: keeps int32 sums from wrapping."""
+        if not self.causal:
+            return self.offset
+        if isinstance(self.offset, jax.Array):
+            return jnp.maximum(self.offset, -self.queries)
+        return max(self.offset, -self.queries)
 
 
 def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
@@ -66,20 +92,20 @@ def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
             raise UserError(f"the position method was made for {size}={min(other)}, the queries have {have}")
 
 
-def consecutive_only(call: Call) -> list[str]:
-    """The obstacles of every backend of tiles."""
+def unsupported_by_tiles(call: Call) -> list[str]:
+    """Reasons why no backend of tiles supports a call: each needs consecutive positions, and has no dropout."""
     found = []
     if call.offset is None:
         found.append("consecutive positions (leave them out, give scalars, or give arrays that are not traced)")
-    if call.dropout:
+    if call.dropout_rate:
         found.append("no attention dropout")
     return found
 
 
-def is_repeated() -> bool:
-    """Whether a kernel in this traced function would do the work of all devices on each of them.
+def would_replicate() -> bool:
+    """Whether a kernel that is traced here would be replicated: run in full on every device.
 
-    XLA cannot divide a kernel's arrays among devices; inside of a `jax.shard_map` over the whole mesh they are divided.
+    XLA cannot divide a kernel's arrays among devices; inside a `jax.shard_map` over the whole mesh they are divided.
     """
     mesh = jax.sharding.get_abstract_mesh()
     divided = mesh.manual_axes and set(mesh.manual_axes) == set(mesh.axis_names)

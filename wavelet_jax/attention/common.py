@@ -1,10 +1,12 @@
-"""Helpers of all backends: arrays of one type wherever the caller runs, and sums and products of stated types."""
+"""Shared by the backends: products of stated types, the softmax, visibility, biases, and the caller's mesh."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
@@ -57,6 +59,11 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
+# checkpoint_name of the residuals of a forward pass (output and logsumexp). A remat policy that saves this name avoids
+# running the forward sweep again in the backward pass.
+SAVED_RESIDUALS = "attention_residuals"
+
+
 class Added(NamedTuple):
     """The additions of a position method to attention, as arrays: its functions at known distances. None: nothing."""
 
@@ -80,6 +87,57 @@ def evaluate(terms: Terms, distances: jax.Array, *, relative_keys: bool = True) 
         terms.position_bias,
         at(terms.bias),
     )
+
+
+def visible(
+    distance: jax.Array, *, causal: bool, window: int | None, others: Sequence[jax.Array] = ()
+) -> jax.Array | None:
+    """Which keys a query sees, bool, of the shape that distances and other conditions broadcast to; None: all.
+
+    Args:
+      distance: query position minus key position, int32.
+      causal, window: as in `wavelet_jax.attention.attention`.
+      others: further conditions, bool.
+    """
+    conditions = []
+    if causal:
+        conditions.append(distance >= 0)
+    if window is not None:
+        conditions.append(jnp.abs(distance) < window)
+    conditions.extend(others)
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def softmax(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """Softmax over the last axis of float32 scores; a row in which nothing is visible is all zeros."""
+    if visible is not None:
+        scores = jnp.where(visible, scores, -jnp.inf)
+    # A query that sees nothing has a row of -inf only; 0 for its maximum and 1 for its sum keep NaN out.
+    highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(highest), highest, 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def split_heads(array: jax.Array | np.ndarray, with_heads: int, num_kv_heads: int) -> jax.Array:
+    """[H, ..] -> [K, G, ..] for arrays of `with_heads` axes; others serve all heads and stay as they are."""
+    if array.ndim != with_heads:
+        return jnp.asarray(array)
+    return jnp.reshape(array, (num_kv_heads, array.shape[0] // num_kv_heads, *array.shape[1:]))
+
+
+def with_biases(
+    query_BxTxHxD: jax.Array,
+    content_bias: jax.Array | None,
+    position_bias: jax.Array | None,
+    *,
+    has_relative_keys: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Queries for the products with keys and with relative keys; None in place of the second if it equals the first."""
+    content = plus_bias(query_BxTxHxD, content_bias)
+    if not has_relative_keys or (content_bias is None and position_bias is None):
+        return content, None
+    return content, plus_bias(query_BxTxHxD, position_bias)
 
 
 def einsum(letters: str, x: jax.Array, y: jax.Array, precision: str | None = None) -> jax.Array:

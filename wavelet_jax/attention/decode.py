@@ -16,52 +16,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wavelet_jax.attention import common, constants, factors
-from wavelet_jax.attention.call import Call, consecutive_only
-from wavelet_jax.attention.tiled import FURTHEST_FACTORS, default_tolerance
-from wavelet_jax.attention.tiles import skew, split_heads, unskew
+from wavelet_jax.attention import common
+from wavelet_jax.attention.call import Call, unsupported_by_tiles
+from wavelet_jax.attention.common import split_heads
+from wavelet_jax.attention.relative import factors, tables
+from wavelet_jax.attention.tiled.skew import skew, unskew
 from wavelet_jax.positions.terms import Terms
 
 # As in the definition. Decoding waits for memory, so full precision costs nothing.
 _einsum = functools.partial(common.einsum, precision="highest")
 
 
-def obstacles(call: Call) -> list[str]:
-    """What the call would need to be for this backend to carry it; empty where it does."""
-    return consecutive_only(call)
+def unsupported(call: Call) -> list[str]:
+    """Reasons why this backend does not support a call; empty if it does."""
+    return unsupported_by_tiles(call)
 
 
-def attention(
-    query_BxTxHxD: jax.Array,
-    key_BxSxKxD: jax.Array,
-    value_BxSxKxD: jax.Array,
-    terms: Terms,
-    *,
-    offset: int | jax.Array,
-    causal: bool = True,
-    segment_ids: tuple[jax.Array, jax.Array] | None = None,
-    window: int | None = None,
-    far_tolerance: float | None = None,
-) -> jax.Array:
-    """Softmax attention as `Terms` writes it, scores and softmax in float32; positions are consecutive on both sides.
+def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
+    """Softmax attention as `Terms` states it, scores and softmax in float32; positions are consecutive on both sides.
 
     Args:
-      query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H. Memory is that of
+      query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys already rotated; K divides H. Memory is that of
         scores [B, H, T, S]: T should be small.
-      terms: what the position method adds.
-      offset: position of the first query less that of the first key; an int, or a traced int32 scalar.
-      causal, window: as in `wavelet_jax.attention.attention`.
-      segment_ids: ([B, T], [B, S]) or None.
-      far_tolerance: no entry of a constant relative_keys is wrong by more than this; None for `tiled.FAR_TOLERANCE`.
+      call: one with an offset, an int or a traced int32 scalar.
 
     Returns:
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
     """
-    added, band, offset, window = _prepare(query_BxTxHxD, key_BxSxKxD, terms, offset, causal, window, far_tolerance)
+    added, band, offset, window = _prepare(call)
 
-    def attend(query, key, value, added, offset, segment_ids):
+    def compute(query, key, value, added, offset, segment_ids):
         (batch, T, H, D), K = query.shape, key.shape[2]
-        weights = _weights(query, key, added, band, offset, causal, window, segment_ids)
+        weights = _weights(query, key, added, band, offset, call.causal, window, segment_ids)
         with jax.named_scope("values"):
             out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
             if added.relative_values is not None:
@@ -69,26 +55,16 @@ def attention(
                 out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
         return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value.dtype)
 
-    return common.in_auto_mode(attend, query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, offset, segment_ids)
+    return common.in_auto_mode(compute, query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, offset, call.segment_ids)
 
 
-def probabilities(
-    query_BxTxHxD: jax.Array,
-    key_BxSxKxD: jax.Array,
-    terms: Terms,
-    *,
-    offset: int | jax.Array,
-    causal: bool = True,
-    segment_ids: tuple[jax.Array, jax.Array] | None = None,
-    window: int | None = None,
-    far_tolerance: float | None = None,
-) -> jax.Array:
-    """The weights that `attention` gives the values, [B, K, H/K, T, S] float32; its arguments, without the values.
+def probabilities(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, call: Call) -> jax.Array:
+    """The weights that `attend` gives the values, [B, K, H/K, T, S] float32.
 
     Rows sum to 1, or to 0 for a query that sees no key.
     """
-    added, band, offset, window = _prepare(query_BxTxHxD, key_BxSxKxD, terms, offset, causal, window, far_tolerance)
-    return _weights(query_BxTxHxD, key_BxSxKxD, added, band, offset, causal, window, segment_ids)
+    added, band, offset, window = _prepare(call)
+    return _weights(query_BxTxHxD, key_BxSxKxD, added, band, offset, call.causal, window, call.segment_ids)
 
 
 class _Band(NamedTuple):
@@ -98,27 +74,21 @@ class _Band(NamedTuple):
     furthest: int  # the distance of its first row
 
 
-def _prepare(
-    query_BxTxHxD: jax.Array,
-    key_BxSxKxD: jax.Array,
-    terms: Terms,
-    offset: int | jax.Array,
-    causal: bool,
-    window: int | None,
-    far_tolerance: float | None,
-) -> tuple[common.Added, _Band | None, jax.Array, int | None]:
-    """(what the terms add at all distances, or their band; the offset, int32; the window, None where it hides nothing).
+def _prepare(call: Call) -> tuple[common.Added, _Band | None, jax.Array, int | None]:
+    """(what the terms add at all distances, or their band; the offset, int32; the window, None if it hides nothing).
 
-    `relative_keys` are in the band where there is one, and else among what is added.
+    `relative_keys` are in the band if there is one, and otherwise among what is added.
     """
-    T, S = query_BxTxHxD.shape[1], key_BxSxKxD.shape[1]
-    if far_tolerance is None:
-        far_tolerance = default_tolerance(query_BxTxHxD.dtype)
-    if window is not None and not isinstance(offset, jax.Array) and max(offset + T, S - offset) <= window:
+    T, S, window = call.queries, call.keys, call.window
+    if (
+        window is not None
+        and not isinstance(call.offset, jax.Array)
+        and max(call.offset + T, S - call.offset) <= window
+    ):
         window = None
-    offset = _clamped(offset, T, causal)
-    band = _near(terms, T + S, causal, far_tolerance)
-    added = common.evaluate(terms, _distances(T, S, offset, causal), relative_keys=band is None)
+    offset = jnp.asarray(call.clamped_offset, jnp.int32)
+    band = _near(call.terms, T + S, call.causal, call.tolerance)
+    added = common.evaluate(call.terms, _distances(T, S, offset, call.causal), relative_keys=band is None)
     return added, band, offset, window
 
 
@@ -158,24 +128,12 @@ def _weights(
             scores_BxKxGxTxS += skew(jnp.broadcast_to(bias[..., None, :], (*bias.shape[:2], T, T + S)), S)[None]
 
     with jax.named_scope("softmax"):
-        visible = _visible(T, S, offset, causal, window, segment_ids)
-        if visible is not None:
-            scores_BxKxGxTxS = jnp.where(visible, scores_BxKxGxTxS, -jnp.inf)
-        # A query that sees nothing has a row of -inf only; 0 for its maximum and 1 for its sum keep NaN out.
-        highest = lax.stop_gradient(jnp.max(scores_BxKxGxTxS, axis=-1, keepdims=True))
-        weights = jnp.exp(scores_BxKxGxTxS - jnp.where(jnp.isfinite(highest), highest, 0))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        return weights / jnp.where(total > 0, total, 1)
+        return common.softmax(scores_BxKxGxTxS, _visible(T, S, offset, causal, window, segment_ids))
 
 
 def _by_kv_head(table: jax.Array, with_heads: int, num_kv_heads: int) -> tuple[jax.Array, str]:
     """[K, G, ..] or [..], and the einsum letters of its heads."""
     return split_heads(table, with_heads, num_kv_heads), "kg" if table.ndim == with_heads else ""
-
-
-def _clamped(offset: int | jax.Array, T: int, causal: bool) -> jax.Array:
-    """The offset, int32. All keys later than all queries are hidden, however much later: keeps sums from wrapping."""
-    return jnp.asarray(jnp.maximum(offset, -T) if causal else offset, jnp.int32)
 
 
 def _distances(T: int, S: int, offset: jax.Array, causal: bool) -> jax.Array:
@@ -195,19 +153,19 @@ def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> _Band | 
 
     It does not depend on the offset, so that one program serves every step of a decoding.
     """
-    if not constants.are_known(terms):
+    if not tables.are_known(terms):
         return None
-    reach = constants.reach(terms, tolerance, margin=1)
-    if reach is None or reach > length + FURTHEST_FACTORS:
+    reach = tables.support_at(terms, tolerance, margin=1)
+    if reach is None or reach > length + tables.MAX_FACTOR_DISTANCE:
         return None
-    table = constants.evaluate(terms, reach, -1 if causal else -reach - 1)
+    table = tables.evaluate(terms, reach, -1 if causal else -reach - 1)
     past = np.flatnonzero(np.max(np.abs(table), axis=-1).reshape(-1, table.shape[-2]).max(axis=0) > tolerance)
     highest, lowest = (reach - int(past[0]), reach - int(past[-1])) if past.size else (0, 0)
     highest, lowest = max(highest, 0), 0 if causal else min(lowest, 0)
     # The near form of a tile of one row, with all of the support in its local band.
     after = None if causal else -lowest
-    plan = {"rows": 1, "block": 1, "before": highest, "after": after, "keys": 1}
-    return _Band(factors.factor(table, reach, span=(lowest, highest), tolerance=tolerance, **plan).near, highest)
+    cut = factors.Cut(span=(lowest, highest), rows=1, block=1, before=highest, after=after, keys=1, tolerance=tolerance)
+    return _Band(factors.factor(table, reach, cut).near, highest)
 
 
 def _add_band(scores: jax.Array, band: jax.Array, first: int, offset: jax.Array) -> jax.Array:
@@ -230,11 +188,7 @@ def _visible(T: int, S: int, offset: jax.Array, causal: bool, window: int | None
     """Which keys a query sees, broadcastable to [B, K, G, T, S]; None: all."""
     query, key = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
     distance = offset + (query[:, None] - key[None])[None, None, None]
-    conditions = []
-    if causal:
-        conditions.append(distance >= 0)
-    if window is not None:
-        conditions.append(jnp.abs(distance) < window)
+    same = []
     if segment_ids is not None:
-        conditions.append((segment_ids[0][:, :, None] == segment_ids[1][:, None, :])[:, None, None])
-    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+        same.append((segment_ids[0][:, :, None] == segment_ids[1][:, None, :])[:, None, None])
+    return common.visible(distance, causal=causal, window=window, others=same)

@@ -19,9 +19,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from wavelet_jax.attention import attention as attention_of_one
+from wavelet_jax.attention.api import attention as attention_of_one
 from wavelet_jax.attention.arguments import check_terms
-from wavelet_jax.attention.tiles import KEPT
+from wavelet_jax.attention.common import SAVED_RESIDUALS
 from wavelet_jax.errors import UserError
 from wavelet_jax.integers import as_int32
 from wavelet_jax.positions.terms import Params, Terms
@@ -151,7 +151,7 @@ def _over_length(
 
     # Of the forward pass only this device's own arrays wait for the backward pass, with what backends keep to have
     # their weights again: keys and values are gathered a second time there.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SAVED_RESIDUALS))
     def attend(query, key, value, positions, segments):
         with jax.named_scope("gather"):
             key, value = gathered(key), gathered(value)

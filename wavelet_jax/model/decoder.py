@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax import positions
-from wavelet_jax.attention import BACKENDS, KEPT, attention, sharded
+from wavelet_jax.attention import BACKENDS, SAVED_RESIDUALS, attention, sharded
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model.cache import KVCache
@@ -31,7 +31,7 @@ VOCABULARIES = ("full", "adaptive")
 INITIALIZERS = {"fan_in": nnx.initializers.lecun_normal(), "xavier": nnx.initializers.xavier_uniform()}
 DTYPES = ("float32", "bfloat16")
 # What the blocks keep of a forward pass, beside their inputs, for the backward pass, which computes the rest again.
-_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(KEPT)
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED_RESIDUALS)
 _KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # products with parameters, and not scores
 REMATS = {
     "none": None,

@@ -10,24 +10,24 @@ import re
 import jax
 import jax.numpy as jnp
 
-from wavelet_jax.attention import triton_gpu
 from wavelet_jax.attention.call import Call
+from wavelet_jax.attention.flash import gpu
 
 DETERMINISTIC = "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 
 DTYPES = ("float16", "bfloat16")
 
 
-def obstacles(call: Call) -> list[str]:
-    """What the call would need to be for cuDNN to carry it; empty where it does."""
-    capability = triton_gpu.gpu_capability()
+def unsupported(call: Call) -> list[str]:
+    """Reasons why cuDNN does not support a call; empty if it does."""
+    capability = gpu.gpu_capability()
     if capability is None or capability < (8, 0):
         return [f"an NVIDIA GPU of compute capability 8.0 or more (this process runs on {jax.default_backend()})"]
-    return call_obstacles(call, max_head_dim=256 if capability >= (9, 0) else 128)
+    return unsupported_on(call, max_head_dim=256 if capability >= (9, 0) else 128)
 
 
-def call_obstacles(call: Call, max_head_dim: int) -> list[str]:
-    """`obstacles` on a GPU whose cuDNN takes heads up to that size."""
+def unsupported_on(call: Call, max_head_dim: int) -> list[str]:
+    """`unsupported` on a GPU whose cuDNN takes heads up to that size."""
     terms, found = call.terms, []
     if jnp.dtype(call.dtype).name not in DTYPES:
         found.append(f"queries in {' or '.join(DTYPES)}")
@@ -41,21 +41,21 @@ def call_obstacles(call: Call, max_head_dim: int) -> list[str]:
         found.append("queries and keys at the same known positions, or causal=False")
     if call.window is not None:
         found.append("no window")
-    if call.segments:
+    if call.segment_ids is not None:
         found.append("no segment_ids or padding mask")
-    if call.dropout:
+    if call.dropout_rate:
         found.append("no attention dropout")
     return found
 
 
-def attention(
+def attend(
     query_BxTxHxD: jax.Array,
     key_BxSxKxD: jax.Array,
     value_BxSxKxD: jax.Array,
     call: Call,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """Softmax attention of a call without `obstacles`, of queries and keys that are rotated already.
+    """Softmax attention of a supported call, of queries and keys that are already rotated.
 
     Keys and values are taken in the queries' dtype. Returns [B, T, H, D] in the value's.
     """

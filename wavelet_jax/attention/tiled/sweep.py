@@ -1,4 +1,4 @@
-"""The sweep of query tiles over key tiles: the online softmax, and its derivative by scores computed again."""
+"""The sweep of query tiles over key tiles: the online softmax, and its derivative from recomputed scores."""
 
 import functools
 
@@ -9,20 +9,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from wavelet_jax.attention.common import einsum
-from wavelet_jax.attention.tiles import (
-    KEPT,
+from wavelet_jax.attention.common import SAVED_RESIDUALS, einsum
+from wavelet_jax.attention.tiled.geometry import Plan, Tile, band_start, table_start
+from wavelet_jax.attention.tiled.skew import by_distance, by_key
+from wavelet_jax.attention.tiled.tile import (
     Inputs,
-    Keys,
-    Plan,
-    Tile,
-    band_start,
-    by_distance,
-    by_key,
-    letters,
-    rows_of,
+    KeyBlock,
+    QueryForms,
+    View,
+    einsum_axes,
+    query_forms,
     scores_of,
-    table_start,
     view_of,
     with_far,
 )
@@ -68,7 +65,7 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
     row: they are pytrees of arrays [.., U]. The local tile comes first, a block of rows at a time: it holds the row's
     own key, so that an online softmax begins with a finite maximum wherever there is one.
     """
-    rows, block, band, keys = plan.tiles.rows, plan.tiles.block, plan.tiles.band, plan.tiles.keys
+    rows, block, band, keys = plan.sizes.rows, plan.sizes.block, plan.sizes.band, plan.sizes.keys
     blocks = []
     for row in range(0, rows, block):
 
@@ -104,12 +101,12 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
         if plan.window is not None:
             last = jnp.minimum(last, max(0, -(-(plan.window - 1 - reach) // keys)))
         state = shared, carry
-        if plan.constants is not None:  # and thus a reach that is known
-            middle = jnp.clip(plan.constants.tiles[side], first, jnp.maximum(last, first))
-            if plan.constants.tiles[side]:
+        if plan.factors is not None:  # and thus a reach that is known
+            middle = jnp.clip(plan.factors.reach_in_tiles[side], first, jnp.maximum(last, first))
+            if plan.factors.reach_in_tiles[side]:
                 state = lax.fori_loop(first, middle, functools.partial(visit_nth, True), state)
             first = middle
-        relative = plan.constants is None
+        relative = plan.factors is None
         shared, carry = lax.fori_loop(first, last, functools.partial(visit_nth, relative), state)
     return shared, carry
 
@@ -120,19 +117,22 @@ def _transposed(x_BxKxSxD: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None) -> jax.Array:
-    """[N, B, K, D, G, U] in the value's dtype; `segments` are those of the query tiles [N, B, U], and [B, S] padded."""
+def attend_tiles(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None) -> jax.Array:
+    """Attention [N, B, K, D, G, U] in the value's dtype.
+
+    `segments` are those of the query tiles, [N, B, U], and of the padded keys, [B, S]; or None.
+    """
     return _forward(plan, inputs, offset, segments)[0].astype(inputs.value_BxKxSxD.dtype)
 
 
 def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    """`attend` in float32, and of every row the logarithm of its sum of exponentials (+inf where it sees nothing)."""
+    """`attend_tiles` in float32, and each row's logsumexp (+inf if the row sees nothing)."""
     row_segments, key_segments = segments or (None, None)
-    keys = Keys(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
+    keys = KeyBlock(inputs.key_BxKxSxD, None, None, _transposed(inputs.value_BxKxSxD))
 
     def query_tile(_, xs):
         index, own_segments, *queries = xs
-        own = rows_of(plan, *queries), own_segments
+        own = query_forms(plan, *queries), own_segments
 
         def visit(_, own, carry, tile):
             row, own_segments = own
@@ -153,13 +153,13 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
                 out += einsum("bkdv,bkvgu->bkdgu", value, weights.astype(value.dtype))
                 if view.near_value is not None:
                     G = by_distance(plan, weights, tile)
-                    out += einsum(f"bkgue,{letters(view.near_value)}->bkcgu", G, view.near_value)
+                    out += einsum(f"bkgue,{einsum_axes(view.near_value)}->bkcgu", G, view.near_value)
             return None, (raised, total, out)
 
         batch, kv_heads, _, *group_rows = queries[0].shape
         none = jnp.zeros_like(queries[0], jnp.float32, shape=(batch, kv_heads, *group_rows))
         start = none - jnp.inf, none, jnp.zeros_like(queries[0], jnp.float32)
-        highest, total, out = _sweep(plan, offset + index * plan.tiles.rows, visit, None, own, start)[1]
+        highest, total, out = _sweep(plan, offset + index * plan.sizes.rows, visit, None, own, start)[1]
         out /= jnp.where(total > 0, total, 1)[:, :, None]
         logsumexp = jnp.where(total > 0, highest * plan.scale + jnp.log(total), jnp.inf)
         return None, (out, logsumexp)
@@ -171,88 +171,40 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
 
 
 def _attend_forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None):
-    out, logsumexp = checkpoint_name(_transposed_once(_forward(plan, inputs, offset, segments)), KEPT)
-    # The output waits as it was before it was rounded. Rounding to bfloat16 would be in delta, and so in the
-    # derivatives of all of a row's scores; where position vectors are alike for hundreds of keys it adds up, and the
-    # queries' gradient is off by 2.8e-3 and not by 2.4e-3 (scales 2^2..2^9, 1,300 tokens).
+    out, logsumexp = checkpoint_name(_transposed_once(_forward(plan, inputs, offset, segments)), SAVED_RESIDUALS)
+    # The residual is the float32 output. Rounding it to bfloat16 first would bias delta = sum(dO * O), and so the
+    # derivatives of all of a row's scores; where position vectors are nearly equal for hundreds of keys the bias
+    # accumulates, and the error of the queries' gradient is 2.8e-3 instead of 2.4e-3 (scales 2^2..2^9, 1,300 tokens).
     return out.astype(inputs.value_BxKxSxD.dtype), (inputs, offset, segments, out, logsumexp)
 
 
 def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> tuple:
-    """Gradients of all inputs in one sweep, from scores computed again (Dao et al., arXiv 2205.14135, Alg. 4)."""
+    """Gradients of all inputs in one sweep, from recomputed scores (Dao et al., arXiv 2205.14135, Alg. 4)."""
     inputs, offset, segments, out, logsumexp = residuals
     row_segments, key_segments = segments or (None, None)
-    keys = Keys(inputs.key_BxKxSxD, _transposed(inputs.key_BxKxSxD), inputs.value_BxKxSxD, None)
+    keys = KeyBlock(inputs.key_BxKxSxD, _transposed(inputs.key_BxKxSxD), inputs.value_BxKxSxD, None)
 
-    def add(gradient: jax.Array | None, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
-        """Adds `part` to a slice of a gradient."""
-        old = lax.dynamic_slice_in_dim(gradient, start, part.shape[axis], axis)
-        return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
-
-    def query_tile(d, xs):
+    def query_tile(d: Inputs, xs: tuple) -> tuple[Inputs, tuple]:
         index, own_segments, d_out, out, logsumexp, *queries = xs
-        row = rows_of(plan, *queries)
+        row = query_forms(plan, *queries)
         with jax.named_scope("delta"):
             delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=2)
 
-        def visit(d, own, d_row, tile):
+        def visit(d: Inputs, own: tuple, d_row: QueryForms, tile: Tile) -> tuple[Inputs, QueryForms]:
             row, own_segments, d_out, delta, logsumexp = own
-            query_by_row, d_out_by_row = (jnp.moveaxis(x, 2, -1) for x in (row.query, d_out))  # [B, K, G, U, D]
+            by_row = tuple(jnp.moveaxis(x, 2, -1) for x in (row.query, d_out))  # [B, K, G, U, D]
             view = view_of(plan, inputs, keys, tile, offset, own_segments, key_segments)
-            with jax.named_scope("weights"):
-                weights = jnp.exp(scores_of(plan, row, view, tile) * plan.scale - logsumexp[:, :, None])
-                d_weights = einsum("bkvd,bkdgu->bkvgu", view.keys.value, d_out)
-                if view.near_value is not None:
-                    axes = letters(view.near_value)
-                    G = einsum(f"bkcgu,{axes}->bkgue", d_out, view.near_value)
-                    d_weights += by_key(G, tile, 0.0)
-                d_scores = weights * (d_weights - delta[:, :, None]) * plan.scale
-                rounded = d_scores.astype(view.keys.key.dtype)
-            with jax.named_scope("keys_and_values"):
-                start = tile.start + plan.padding[0]
-                d_key = einsum("bkvgu,bkgud->bkvd", rounded, query_by_row)
-                d_value = einsum("bkvgu,bkgud->bkvd", weights.astype(d_out.dtype), d_out_by_row)
-                d = d._replace(
-                    key_BxKxSxD=add(d.key_BxKxSxD, d_key, start, 2),
-                    value_BxKxSxD=add(d.value_BxKxSxD, d_value, start, 2),
-                )
-            with jax.named_scope("queries"):
-                extended = with_far(view.keys.key_transposed, view, axis=2)
-                parts = einsum("bkdv,bkvgu->bkdgu", extended, rounded)
-                d_far, end = list(d_row.far), row.query.shape[2]
-                d_row = d_row._replace(query=d_row.query + parts[:, :, :end])
-                for far in view.far:
-                    start, end = end, end + far.basis.shape[1]
-                    d_far[far.coordinates] += parts[:, :, start:end]
-                d_row = d_row._replace(far=tuple(d_far))
-            with jax.named_scope("tables"):
-                if (start := band_start(plan, tile)) is not None:
-                    near = lax.slice_in_dim(d_scores, start, start + row.near.shape[2], axis=2)
-                    d_row = d_row._replace(near=near)  # which no other tile has
-                if view.table is not None:
-                    axes, G = letters(view.table), by_distance(plan, d_scores, tile)
-                    d_position = d_row.position + einsum(f"bkgue,{axes}->bkcgu", G, view.table)
-                    d_row = d_row._replace(position=d_position)
-                    part = einsum(f"bkgue,bkcgu->{axes}", G, row.position)
-                    d = d._replace(key_table=add(d.key_table, part, table_start(plan, tile, offset), -2))
-                if d.value_table is not None:
-                    axes = letters(view.near_value)
-                    part = einsum(f"bkgue,bkcgu->{axes}", by_distance(plan, weights, tile), d_out)
-                    d = d._replace(value_table=add(d.value_table, part, table_start(plan, tile, offset), -2))
-                if d.bias_table is not None:
-                    part = jnp.sum(by_distance(plan, d_scores, tile), axis=(0, 3))
-                    d = d._replace(bias_table=add(d.bias_table, part, table_start(plan, tile, offset), -1))
-            return d, d_row
+            weights, d_scores = _recomputed(plan, row, view, tile, d_out, delta, logsumexp)
+            d = _add_keys_and_values(plan, d, view, tile, weights, d_scores, *by_row)
+            d_row = _add_queries(d_row, row, view, d_scores)
+            return _add_tables(plan, d, d_row, row, view, tile, offset, weights, d_scores, d_out)
 
         own = row, own_segments, d_out, delta, logsumexp
-        d, d_row = _sweep(plan, offset + index * plan.tiles.rows, visit, d, own, zeros(row))
+        d, d_row = _sweep(plan, offset + index * plan.sizes.rows, visit, d, own, _zeros(row))
         with jax.named_scope("queries"):  # the forms of queries are linear in them; in float32, whatever their dtype
             wide = jax.tree.map(lambda x: x.astype(jnp.float32), queries)
-            d_queries = jax.vjp(functools.partial(rows_of, plan), *wide)[1](d_row)
+            d_queries = jax.vjp(functools.partial(query_forms, plan), *wide)[1](d_row)
         return d, jax.tree.map(lambda d, x: d.astype(x.dtype), d_queries, tuple(queries))
-
-    def zeros(arrays):
-        return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), arrays)
 
     # Gradients that many query tiles add to are carried; those of the queries come tile by tile. All in float32, and
     # rounded to the inputs' dtype once, at the end.
@@ -260,10 +212,102 @@ def _attend_backward(plan: Plan, residuals: tuple, out_gradient: jax.Array) -> t
     queries = inputs.query_NxBxKxDxGxU, inputs.position_NxBxKxDxGxU
     others = inputs._replace(query_NxBxKxDxGxU=None, position_NxBxKxDxGxU=None)
     xs = tiles, row_segments, out_gradient, out, logsumexp, *queries
-    d, d_queries = lax.scan(query_tile, zeros(others), xs)
+    d, d_queries = lax.scan(query_tile, _zeros(others), xs)
     d = jax.tree.map(lambda d, x: d.astype(x.dtype), d, others)
     d = d._replace(query_NxBxKxDxGxU=d_queries[0], position_NxBxKxDxGxU=d_queries[1])
     return _transposed_once(d), None, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+def _zeros(arrays):
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), arrays)
+
+
+def _add(gradient: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """Adds `part` to a slice of a gradient."""
+    old = lax.dynamic_slice_in_dim(gradient, start, part.shape[axis], axis)
+    return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
+
+
+def _recomputed(
+    plan: Plan,
+    row: QueryForms,
+    view: View,
+    tile: Tile,
+    d_out: jax.Array,
+    delta: jax.Array,
+    logsumexp: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The weights of a tile, and the gradient by its scores, [B, K, V, G, U] float32 both."""
+    with jax.named_scope("weights"):
+        weights = jnp.exp(scores_of(plan, row, view, tile) * plan.scale - logsumexp[:, :, None])
+        d_weights = einsum("bkvd,bkdgu->bkvgu", view.keys.value, d_out)
+        if view.near_value is not None:
+            G = einsum(f"bkcgu,{einsum_axes(view.near_value)}->bkgue", d_out, view.near_value)
+            d_weights += by_key(G, tile, 0.0)
+        return weights, weights * (d_weights - delta[:, :, None]) * plan.scale
+
+
+def _add_keys_and_values(
+    plan: Plan,
+    d: Inputs,
+    view: View,
+    tile: Tile,
+    weights: jax.Array,
+    d_scores: jax.Array,
+    query_BxKxGxUxD: jax.Array,
+    d_out_BxKxGxUxD: jax.Array,
+) -> Inputs:
+    with jax.named_scope("keys_and_values"):
+        start = tile.start + plan.padding[0]
+        d_key = einsum("bkvgu,bkgud->bkvd", d_scores.astype(view.keys.key.dtype), query_BxKxGxUxD)
+        d_value = einsum("bkvgu,bkgud->bkvd", weights.astype(d_out_BxKxGxUxD.dtype), d_out_BxKxGxUxD)
+        return d._replace(
+            key_BxKxSxD=_add(d.key_BxKxSxD, d_key, start, 2), value_BxKxSxD=_add(d.value_BxKxSxD, d_value, start, 2)
+        )
+
+
+def _add_queries(d_row: QueryForms, row: QueryForms, view: View, d_scores: jax.Array) -> QueryForms:
+    with jax.named_scope("queries"):
+        extended = with_far(view.keys.key_transposed, view, axis=2)
+        parts = einsum("bkdv,bkvgu->bkdgu", extended, d_scores.astype(view.keys.key.dtype))
+        d_far, end = list(d_row.far), row.query.shape[2]
+        d_row = d_row._replace(query=d_row.query + parts[:, :, :end])
+        for far in view.far:
+            start, end = end, end + far.basis.shape[1]
+            d_far[far.coordinates] += parts[:, :, start:end]
+        return d_row._replace(far=tuple(d_far))
+
+
+def _add_tables(
+    plan: Plan,
+    d: Inputs,
+    d_row: QueryForms,
+    row: QueryForms,
+    view: View,
+    tile: Tile,
+    offset: jax.Array,
+    weights: jax.Array,
+    d_scores: jax.Array,
+    d_out: jax.Array,
+) -> tuple[Inputs, QueryForms]:
+    """Gradients by near scores and by tables over all distances, and those of the queries through them."""
+    with jax.named_scope("tables"):
+        if (start := band_start(plan, tile)) is not None:
+            near = lax.slice_in_dim(d_scores, start, start + row.near.shape[2], axis=2)
+            d_row = d_row._replace(near=near)  # which no other tile has
+        if view.table is not None:
+            axes, G = einsum_axes(view.table), by_distance(plan, d_scores, tile)
+            d_row = d_row._replace(position=d_row.position + einsum(f"bkgue,{axes}->bkcgu", G, view.table))
+            part = einsum(f"bkgue,bkcgu->{axes}", G, row.position)
+            d = d._replace(key_table=_add(d.key_table, part, table_start(plan, tile, offset), -2))
+        if d.value_table is not None:
+            axes = einsum_axes(view.near_value)
+            part = einsum(f"bkgue,bkcgu->{axes}", by_distance(plan, weights, tile), d_out)
+            d = d._replace(value_table=_add(d.value_table, part, table_start(plan, tile, offset), -2))
+        if d.bias_table is not None:
+            part = jnp.sum(by_distance(plan, d_scores, tile), axis=(0, 3))
+            d = d._replace(bias_table=_add(d.bias_table, part, table_start(plan, tile, offset), -1))
+    return d, d_row
+
+
+attend_tiles.defvjp(_attend_forward, _attend_backward)

@@ -55,51 +55,57 @@ class Far:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
-    """What a constant table comes to for one plan of tiles.
+    """Low-rank factors of a constant table, for one choice of tile sizes.
 
     Attributes:
-      tiles: key tiles (before, after) the local tile that the term reaches; it is below the tolerance beyond.
+      reach_in_tiles: key tiles (before, after) the local tile that the term reaches; it is below the tolerance beyond.
       near: the local band of a block of rows; None where the table has no low rank away from it (a step function).
       far: for the key tiles (before, after) the local tile, and for the keys of the local tile (before, after) the band
         of a block; None where there are none.
     """
 
-    tiles: tuple[int, int]
+    reach_in_tiles: tuple[int, int]
     near: Near | None
     far: tuple[Far | None, Far | None, Far | None, Far | None]
 
 
-def factor(
-    table: np.ndarray,
-    first: int,
-    *,
-    span: tuple[int, int],
-    rows: int,
-    block: int,
-    before: int,
-    after: int | None,
-    keys: int,
-    tolerance: float,
-) -> Factors:
-    """Factors of a table for queries in tiles of `rows`, with local bands for `block` of them at a time.
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a table is cut, tokens.
+
+    Attributes:
+      span: the lowest and the highest distance that matters. The table should extend U + V past both, so that what it
+        is smooth in continues; where it ends, its outermost entry is repeated.
+      rows: U, queries of a tile.
+      block: rows that share a local band; divides U.
+      before, after: keys of a local band before its block's first row and after its last; after None: causal.
+      keys: V, keys of a tile away from the bands.
+      tolerance: the largest error of an entry of P.
+    """
+
+    span: tuple[int, int]
+    rows: int
+    block: int
+    before: int
+    after: int | None
+    keys: int
+    tolerance: float
+
+
+def factor(table: np.ndarray, first: int, cut: Cut) -> Factors:
+    """Factors of a table for queries in tiles, with local bands for a block of them at a time.
 
     Args:
       table: [n, D] or [H, n, D]: P at the distances first, first - 1, .., first - n + 1.
       first: tokens.
-      span: the lowest and the highest distance that matters. The table should reach U + V past both, so that what it
-        is smooth in goes on; where it ends, its outermost entry is repeated.
-      rows: U, queries a tile.
-      block: rows that a local band is for; they divide U.
-      before, after: keys of a local band before its block's first row and after its last; after None: causal.
-      keys: V, keys a tile away from the bands.
-      tolerance: no entry of P is wrong by more than this.
+      cut: how.
     """
     digest = hashlib.sha256(np.ascontiguousarray(table)).digest()
-    return _factor(_Hashed(table, digest), first, span, rows, block, before, after, keys, tolerance)
+    return _factor(_Hashed(table, digest), first, cut)
 
 
 class _Hashed:
-    """An array that a cache can hold: equal where the digests are."""
+    """An array that a cache can hold: equal if the digests are."""
 
     def __init__(self, array: np.ndarray, digest: bytes):
         self.array, self.digest = array, digest
@@ -112,66 +118,65 @@ class _Hashed:
 
 
 @functools.lru_cache(maxsize=64)
-def _factor(
-    hashed: _Hashed,
-    first: int,
-    span: tuple[int, int],
-    rows: int,
-    block: int,
-    before: int,
-    after: int | None,
-    keys: int,
-    tolerance: float,
-) -> Factors:
+def _factor(hashed: _Hashed, first: int, cut: Cut) -> Factors:
     table = np.asarray(hashed.array, np.float64)
     per_head = table.ndim == 3
     flat = np.moveaxis(table, -2, 0).reshape(table.shape[-2], -1)  # [n, D] or [n, H * D]
-    past = np.flatnonzero(np.max(np.abs(flat), axis=1) > tolerance)
-    furthest = min(span[1], first - int(past[0])) if past.size else 0
-    nearest = max(span[0], first - int(past[-1])) if past.size else 0
 
     def entries(highest: int, lowest: int) -> np.ndarray:
         """[.., D] of the distances highest, highest - 1, .., lowest."""
         return flat[np.clip(first - np.arange(highest, lowest - 1, -1), 0, len(flat) - 1)]
 
-    # Tiles that hold a pair of query and key within the support, before and after the local tile.
-    tiles_before = max(0, -(-(furthest - before) // keys))
-    tiles_after = 0 if after is None else max(0, -(-(-nearest - after) // keys))
-    tiles = (tiles_before, tiles_after)
+    reach = _reach_in_tiles(flat, first, cut)
 
     def unflatten(columns: np.ndarray) -> np.ndarray:
         """[D, c] or [H, D, c] of [D or H * D, c]."""
         return columns.reshape(*((table.shape[0], table.shape[2]) if per_head else table.shape[1:]), -1)
 
     far: list[Far | None] = []
-    in_tile = rows - block  # keys of the local tile before, or after, the band of its last, or first, block
-    for side, own_rows, shape in (
-        (0, rows, (tiles[0], keys)),
-        (1, rows, (tiles[1], keys)),
-        (0, block, (1, in_tile)),
-        (1, block, (1, 0 if after is None else in_tile)),
-    ):
+    for side, own_rows, shape in _far_shapes(reach, cut):
         outwards = np.arange(math.prod(shape))
-        distances = before + 1 + outwards if side == 0 else -(own_rows + (after or 0)) - outwards
+        distances = cut.before + 1 + outwards if side == 0 else -(own_rows + (cut.after or 0)) - outwards
         if not distances.size:
             far.append(None)
             continue
-        separated = _separate(entries, distances, own_rows, tolerance)
+        separated = _separate(entries, distances, own_rows, cut.tolerance)
         if separated is None:
-            return Factors(tiles, None, (None,) * 4)
+            return Factors(reach, None, (None,) * 4)
         basis, coefficients, project = separated
         basis = basis.reshape(*shape, -1)
         if side == 0:
             basis = basis[:, ::-1]  # key positions rise within a tile, and their distances fall
         far.append(Far(_single(basis), _single(coefficients), _single(unflatten(project))))
 
-    zone = entries(before + block - 1, 0 if after is None else -(after + block))
-    inner, project = _truncate(zone, tolerance)
+    zone = entries(cut.before + cut.block - 1, 0 if cut.after is None else -(cut.after + cut.block))
+    inner, project = _truncate(zone, cut.tolerance)
     if inner.shape[1] < table.shape[-1]:
         near = Near(_single(inner), _single(unflatten(project)))
     else:
         near = Near(_single(np.moveaxis(unflatten(zone.T), -1, -2)), None)
-    return Factors(tiles, near, tuple(far))
+    return Factors(reach, near, tuple(far))
+
+
+def _reach_in_tiles(flat: np.ndarray, first: int, cut: Cut) -> tuple[int, int]:
+    """Key tiles, before and after the local tile, that hold a pair of query and key within the support."""
+    past = np.flatnonzero(np.max(np.abs(flat), axis=1) > cut.tolerance)
+    furthest = min(cut.span[1], first - int(past[0])) if past.size else 0
+    nearest = max(cut.span[0], first - int(past[-1])) if past.size else 0
+    tiles_before = max(0, -(-(furthest - cut.before) // cut.keys))
+    tiles_after = 0 if cut.after is None else max(0, -(-(-nearest - cut.after) // cut.keys))
+    return tiles_before, tiles_after
+
+
+def _far_shapes(reach: tuple[int, int], cut: Cut) -> tuple[tuple[int, int, tuple[int, int]], ...]:
+    """(side, rows, (tiles, keys of a tile)) of the four parts in the order of `Factors.far`."""
+    in_tile = cut.rows - cut.block  # keys of the local tile before, or after, the band of its last, or first, block
+    return (
+        (0, cut.rows, (reach[0], cut.keys)),
+        (1, cut.rows, (reach[1], cut.keys)),
+        (0, cut.block, (1, in_tile)),
+        (1, cut.block, (1, 0 if cut.after is None else in_tile)),
+    )
 
 
 def _separate(entries, distances: np.ndarray, rows: int, tolerance: float) -> tuple[np.ndarray, ...] | None:

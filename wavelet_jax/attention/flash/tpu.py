@@ -18,17 +18,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from wavelet_jax.attention import prepared
 from wavelet_jax.attention.call import Call
-from wavelet_jax.attention.prepared import MASKED, Arrays, Kernel, Layout
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.flash.arrays import (
+    MASKED,
+    Arrays,
+    Kernel,
+    Layout,
+    attend_by,
+    prepare,
+    unsupported_by_kernels,
+)
+from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.hardware import devices
 
 # Tiles with relative keys, and without. Chosen by counting, not by a clock: no TPU was at hand. A step of the grid has
 # a fixed cost of some tenths of a microsecond, as long as the products of a 256 x 256 tile with D = 128 take on a TPU
 # v5e, so plain tiles are larger; but near scores are rows + band float32 numbers a query and head in main memory, which
 # 256 holds to 2 KB.
-TILES = (Tiles(rows=256, block=256, band=256, keys=256), Tiles(rows=512, block=512, band=0, keys=512))
+TILES = (TileSizes(rows=256, block=256, band=256, keys=256), TileSizes(rows=512, block=512, band=0, keys=512))
 
 LANES = 128  # of a vector register: lengths of tiles are multiples of it
 DTYPES = ("float32", "bfloat16")
@@ -47,8 +54,8 @@ def interpreted() -> Iterator[None]:
         _interpret.reset(token)
 
 
-def obstacles(call: Call) -> list[str]:
-    """What the call would need to be for this backend to carry it; empty where it does."""
+def unsupported(call: Call) -> list[str]:
+    """Reasons why this backend does not support a call; empty if it does."""
     if devices.platform() != "tpu" and not _interpret.get():
         return [f"a TPU (this program is for a {devices.platform()})"]
     found = []
@@ -56,11 +63,11 @@ def obstacles(call: Call) -> list[str]:
         found.append(f"queries in {' or '.join(DTYPES)}")
     if call.head_dim > MAX_HEAD_DIM:
         found.append(f"a head size of at most {MAX_HEAD_DIM}")
-    return found + prepared.obstacles(call, _tiles(call))
+    return found + unsupported_by_kernels(call, _sizes(call))
 
 
-def attention(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
-    """Softmax attention as `Terms` writes it, of a call without `obstacles`; scores and softmax in float32.
+def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
+    """Softmax attention as `Terms` states it, of a supported call; scores and softmax in float32.
 
     Args:
       query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H.
@@ -70,14 +77,14 @@ def attention(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: j
       [B, T, H, D] in the value's dtype; zeros for a query that sees no key.
     """
     with jax.named_scope("tables"):
-        plan = prepared.prepare(call, _tiles(call))
-    return prepared.attention(_kernel(_interpret.get()), plan, call.terms, query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)
+        prepared = prepare(call, _sizes(call))
+    return attend_by(_kernel(_interpret.get()), prepared, query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, call)
 
 
-def _tiles(call: Call) -> Tiles:
-    tiles = TILES[0 if call.terms.relative_keys is not None else 1]
-    rows = min(tiles.rows, -(-call.queries // LANES) * LANES)  # no longer than the queries need
-    return Tiles(rows, rows, tiles.band, min(tiles.keys, rows))
+def _sizes(call: Call) -> TileSizes:
+    sizes = TILES[0 if call.terms.relative_keys is not None else 1]
+    rows = min(sizes.rows, -(-call.queries // LANES) * LANES)  # no longer than the queries need
+    return TileSizes(rows, rows, sizes.band, min(sizes.keys, rows))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Flash attention for NVIDIA GPUs (Ampere and Hopper) in Triton, with wavelets in the scores; `prepared` has the plan.
 
 Here is what a launch needs: sizes, counts, and the arrays in shapes that the kernels take. The kernels themselves are
-in `triton_kernels`, which is imported, with triton and jax-triton, only where this backend computes. Forward keeps an
+in `gpu_kernels`, which is imported, with triton and jax-triton, only where this backend computes. Forward keeps an
 online softmax (Dao et al., arXiv 2205.14135) and the logarithm of its sums; backward has the scores again from that, in
 one kernel along rows for what belongs to queries, and one along keys for keys and values.
 """
@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavelet_jax.attention import prepared
 from wavelet_jax.attention.call import Call
-from wavelet_jax.attention.prepared import Arrays, Kernel, Layout
-from wavelet_jax.attention.tiles import Tiles
+from wavelet_jax.attention.flash.arrays import Arrays, Kernel, Layout, attend_by, prepare, unsupported_by_kernels
+from wavelet_jax.attention.tiled.geometry import TileSizes
 
 
 class Blocks(NamedTuple):
@@ -37,13 +36,13 @@ class Blocks(NamedTuple):
 class Sizes(NamedTuple):
     """All sizes of one case; `tiles.band` is for relative keys, and 0 without."""
 
-    tiles: Tiles
+    tiles: TileSizes
     forward: Blocks
     query_gradients: Blocks
     key_gradients: Blocks
 
 
-_128, _64 = Tiles(rows=128, block=128, band=64, keys=64), Tiles(rows=64, block=64, band=64, keys=64)
+_128, _64 = TileSizes(rows=128, block=128, band=64, keys=64), TileSizes(rows=64, block=64, band=64, keys=64)
 
 # (compute capability, bytes of a number, head_dim at most): sizes. Chosen by what the compiler says of registers,
 # spills and shared memory, not by a clock: no GPU was at hand. `tests/gpu_resources.py` prints that of every entry.
@@ -77,7 +76,7 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256  # others in between are padded to a power 
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel of `triton_kernels`, which takes arrays, counts, outputs and constants, in this order."""
+    """One launch of a kernel of `gpu_kernels`, which takes arrays, counts, outputs and constants, in this order."""
 
     kernel: str
     arrays: Sequence[jax.Array]
@@ -105,8 +104,8 @@ def launching(launcher: Launcher, capability: int) -> Iterator[None]:
         _elsewhere.reset(token)
 
 
-def obstacles(call: Call) -> list[str]:
-    """What the call would need to be for this backend to carry it; empty where it does."""
+def unsupported(call: Call) -> list[str]:
+    """Reasons why this backend does not support a call; empty if it does."""
     if _elsewhere.get() is None:
         capability = gpu_capability()
         if capability not in CAPABILITIES:
@@ -120,7 +119,7 @@ def obstacles(call: Call) -> list[str]:
         found.append(f"queries in {' or '.join(DTYPES)}")
     if call.head_dim > MAX_HEAD_DIM:
         found.append(f"a head size of at most {MAX_HEAD_DIM}")
-    return found or prepared.obstacles(call, _tiles(call))
+    return found or unsupported_by_kernels(call, _tiles(call))
 
 
 def gpu_capability() -> tuple[int, int] | None:
@@ -131,8 +130,8 @@ def gpu_capability() -> tuple[int, int] | None:
     return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(n.isdigit() for n in numbers) else None
 
 
-def attention(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
-    """Softmax attention as `Terms` writes it, of a call without `obstacles`; scores and softmax in float32.
+def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.Array, call: Call) -> jax.Array:
+    """Softmax attention as `Terms` states it, of a supported call; scores and softmax in float32.
 
     Args:
       query_BxTxHxD, key_BxSxKxD, value_BxSxKxD: queries and keys rotated already; K divides H.
@@ -143,10 +142,10 @@ def attention(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: j
     """
     launcher, _ = _elsewhere.get() or (_by_jax_triton, None)
     with jax.named_scope("tables"):
-        plan = prepared.prepare(call, _tiles(call))
-    dtype = value_BxSxKxD.dtype
-    arrays = [x.astype(call.dtype) for x in (query_BxTxHxD, key_BxSxKxD, value_BxSxKxD)]
-    return prepared.attention(_kernel(launcher, _capability()), plan, call.terms, *arrays).astype(dtype)
+        prepared = prepare(call, _tiles(call))
+    query, key, value = (x.astype(call.dtype) for x in (query_BxTxHxD, key_BxSxKxD, value_BxSxKxD))
+    out = attend_by(_kernel(launcher, _capability()), prepared, query, key, value, call)
+    return out.astype(value_BxSxKxD.dtype)
 
 
 def _capability() -> int:
@@ -154,7 +153,7 @@ def _capability() -> int:
     return CAPABILITIES[gpu_capability()] if elsewhere is None else elsewhere[1]
 
 
-def _tiles(call: Call) -> Tiles:
+def _tiles(call: Call) -> TileSizes:
     tiles = _sizes(_capability(), call.dtype, call.head_dim).tiles
     return tiles if call.terms.relative_keys is not None else dataclasses.replace(tiles, band=0)
 
@@ -194,12 +193,12 @@ def folding(function: Callable) -> Callable:
 def _by_jax_triton(launch: Launch) -> Sequence[jax.Array]:
     import jax_triton
 
-    from wavelet_jax.attention import triton_kernels
+    from wavelet_jax.attention.flash import gpu_kernels
 
     return jax_triton.triton_call(
         *launch.arrays,
         *launch.counts.values(),
-        kernel=getattr(triton_kernels, launch.kernel),
+        kernel=getattr(gpu_kernels, launch.kernel),
         out_shape=launch.outputs,
         grid=(launch.programs,),
         name=launch.kernel,

@@ -7,6 +7,11 @@ import numpy as np
 from wavelet_jax.concrete import concretely
 from wavelet_jax.positions.terms import Terms
 
+# Factors go from the local band to the furthest distance that matters: the furthest that there is, or at a traced
+# offset, all of the support. If that is this much past the lengths themselves (queries at position 2^30 over keys at 0,
+# scales of 2^20), they would cost seconds, or gigabytes, for short sequences: the near form then serves everywhere.
+MAX_FACTOR_DISTANCE = 2**14
+
 
 def are_known(terms: Terms) -> bool:
     """Whether the numbers of relative_keys are known while tracing: there is one, and it reads nothing that is traced.
@@ -26,7 +31,7 @@ def evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray:
         return np.asarray(terms.relative_keys(jnp.arange(highest, lowest - 1, -1, dtype=jnp.int32)))
 
 
-def reach(terms: Terms, tolerance: float, margin: int) -> int | None:
+def support_at(terms: Terms, tolerance: float, margin: int) -> int | None:
     """A distance, tokens, past which a constant relative_keys is within the tolerance of 0; None: not known.
 
     `Terms.support` is stated for the method's own tolerance: twice as far, the table is seen to be down to ours, in

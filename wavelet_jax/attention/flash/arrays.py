@@ -28,10 +28,12 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from wavelet_jax.attention import factors, tiled
-from wavelet_jax.attention.call import Call, consecutive_only
-from wavelet_jax.attention.tiles import KEPT, Plan, Tiles, skew
-from wavelet_jax.positions.terms import Terms
+from wavelet_jax.attention import common, tiled
+from wavelet_jax.attention.call import Call, unsupported_by_tiles
+from wavelet_jax.attention.common import SAVED_RESIDUALS
+from wavelet_jax.attention.relative import factors
+from wavelet_jax.attention.tiled.geometry import Geometry, TileSizes
+from wavelet_jax.attention.tiled.skew import skew
 
 # A hidden score. Finite, so that a difference of two of them is not NaN, and with room below for what is added to it.
 MASKED = -1e30
@@ -188,12 +190,12 @@ class Prepared:
     basis: np.ndarray | None
 
 
-def obstacles(call: Call, tiles: Tiles) -> list[str]:
-    """What the call would need to be for kernels on these arrays to carry it; empty where they do."""
-    terms, found = call.terms, consecutive_only(call)
+def unsupported_by_kernels(call: Call, sizes: TileSizes) -> list[str]:
+    """Reasons why kernels on these arrays do not support a call; empty if they do."""
+    terms, found = call.terms, unsupported_by_tiles(call)
     if isinstance(call.offset, jax.Array):
         found.append("positions that are known while tracing")
-    if call.segments:
+    if call.segment_ids is not None:
         found.append("no segment_ids or padding mask")
     if call.window is not None:
         found.append("no window")
@@ -204,57 +206,63 @@ def obstacles(call: Call, tiles: Tiles) -> list[str]:
     if terms.relative_values is not None:
         found.append("a position method without relative values")
     if terms.relative_keys is not None and isinstance(call.offset, int):
-        constants = tiled.constants_of(_plan(call, tiles), terms, _tolerance(call))
+        constants = tiled.factors_of(_geometry(call, sizes), terms, call.tolerance)
         if constants is None:
             found.append("relative keys that are constant, and of bounded reach")
         elif constants.near is None:
-            found.append(f"relative keys that are smooth past {tiles.band} tokens (no step functions)")
+            found.append(f"relative keys that are smooth past {sizes.band} tokens (no step functions)")
     return found
 
 
-def prepare(call: Call, tiles: Tiles) -> Prepared:
-    """The plan of a call that has no `obstacles`, with its constants; V must divide U and the band."""
-    if tiles.rows % tiles.keys or tiles.band % tiles.keys:
-        raise ValueError(f"rows {tiles.rows} and band {tiles.band} must be multiples of keys {tiles.keys}")
-    plan = _plan(call, tiles)
-    constants = None if call.terms.relative_keys is None else tiled.constants_of(plan, call.terms, _tolerance(call))
-    before = 0 if constants is None else tiles.band
+def prepare(call: Call, sizes: TileSizes) -> Prepared:
+    """Layout and constants of a call that is not `unsupported_by_kernels`; V must divide U and the band."""
+    if sizes.rows % sizes.keys or sizes.band % sizes.keys:
+        raise ValueError(f"rows {sizes.rows} and band {sizes.band} must be multiples of keys {sizes.keys}")
+    geometry = _geometry(call, sizes)
+    constants = None if call.terms.relative_keys is None else tiled.factors_of(geometry, call.terms, call.tolerance)
+    before = 0 if constants is None else sizes.band
     after = 0 if call.causal else before
-    V, front = tiles.keys, -plan.offset % tiles.keys
+    V, front = sizes.keys, -geometry.offset % sizes.keys
     end_key = front + call.keys
     key_tiles = -(-end_key // V)
-    hidden_end = end_key == key_tiles * V or (call.causal and plan.offset + call.queries <= call.keys)
+    hidden_end = end_key == key_tiles * V or (call.causal and geometry.offset + call.queries <= call.keys)
     basis, reach = None, (0, 0)
     if constants is not None:
-        reach, basis = constants.tiles, _basis(constants.far[:2])
+        reach, basis = constants.reach_in_tiles, _basis(constants.far[:2])
     layout = Layout(
-        rows=tiles.rows,
+        rows=sizes.rows,
         keys=V,
-        row_tiles=-(-call.queries // tiles.rows),
+        row_tiles=-(-call.queries // sizes.rows),
         key_tiles=key_tiles,
         group=call.heads // call.kv_heads,
-        origin=(plan.offset + front) // V,
+        origin=(geometry.offset + front) // V,
         band=(before // V, after // V),
         reach=reach,
         first_key=front,
         end_key=end_key,
         ragged=front > 0 or not hidden_end,
         causal=call.causal,
-        scale=plan.scale,
+        scale=1 / math.sqrt(call.head_dim),
     )
     return Prepared(layout, call.queries, constants, basis)
 
 
-def attention(
-    kernel: Kernel, prepared: Prepared, terms: Terms, query_BxTxHxD: jax.Array, key_BxSxKxD, value_BxSxKxD
+def attend_by(
+    kernel: Kernel,
+    prepared: Prepared,
+    query_BxTxHxD: jax.Array,
+    key_BxSxKxD: jax.Array,
+    value_BxSxKxD: jax.Array,
+    call: Call,
 ) -> jax.Array:
-    """[B, T, H, D] in the value's dtype: a kernel's attention, of queries and keys that are rotated already."""
-    content, position = query_BxTxHxD, None
-    if terms.content_bias is not None:
-        content = (query_BxTxHxD + terms.content_bias).astype(query_BxTxHxD.dtype)
-    if terms.relative_keys is not None and (terms.content_bias is not None or terms.position_bias is not None):
-        position = query_BxTxHxD if terms.position_bias is None else query_BxTxHxD + terms.position_bias
-    inputs = content, position, key_BxSxKxD, value_BxSxKxD
+    """A kernel's attention [B, T, H, D] in the value's dtype, of queries and keys that are already rotated."""
+    content, position = common.with_biases(
+        query_BxTxHxD,
+        call.terms.content_bias,
+        call.terms.position_bias,
+        has_relative_keys=call.terms.relative_keys is not None,
+    )
+    inputs = content.astype(query_BxTxHxD.dtype), position, key_BxSxKxD, value_BxSxKxD
     parts = _parts(prepared, query_BxTxHxD.shape[0], key_BxSxKxD.shape[2])
     if parts == 1:
         out_BxHxTxD = _attend(kernel, prepared, *inputs)
@@ -297,7 +305,7 @@ def _run(kernel: Kernel, prepared: Prepared, out_dtype: jnp.dtype, *inputs) -> t
 
 def _attend_forward(kernel: Kernel, prepared: Prepared, *inputs):
     # The output waits unrounded: see `sweep`.
-    out, logsumexp = checkpoint_name(_run(kernel, prepared, jnp.float32, *inputs), KEPT)
+    out, logsumexp = checkpoint_name(_run(kernel, prepared, jnp.float32, *inputs), SAVED_RESIDUALS)
     return out.astype(inputs[-1].dtype), (inputs, out, logsumexp)
 
 
@@ -400,21 +408,7 @@ def _heads(array: np.ndarray) -> str:
     return "h" if array.ndim == 3 else ""
 
 
-def _tolerance(call: Call) -> float:
-    return tiled.default_tolerance(call.dtype) if call.far_tolerance is None else call.far_tolerance
-
-
-def _plan(call: Call, tiles: Tiles) -> Plan:
-    # Keys later than all queries are hidden, however much later.
-    offset = max(call.offset, -call.queries) if call.causal else call.offset
-    return Plan(
-        tiles=tiles,
-        causal=call.causal,
-        window=None,
-        offset=offset,
-        queries=call.queries,
-        keys=call.keys,
-        constants=None,
-        key_everywhere=False,
-        scale=1 / math.sqrt(call.head_dim),
+def _geometry(call: Call, sizes: TileSizes) -> Geometry:
+    return Geometry(
+        sizes=sizes, causal=call.causal, window=None, offset=call.clamped_offset, queries=call.queries, keys=call.keys
     )
