@@ -6,7 +6,7 @@
 Causal, one sequence, forward and backward. The cases take turns in one process (benchmarks/measure.py): times are over
 one device's, medians over rounds [quartiles]. Virtual devices share the same cores, so a ratio of 1 is the best that
 there is, and what is above it is work that a device would do twice or wait for. Memory is the compiler's count of
-temporaries a device. Errors are the largest differences from one device's output and gradients.
+temporaries per device. Errors are the largest differences from one device's output and gradients.
 """
 
 import sys
@@ -102,9 +102,8 @@ def _measure(name: str) -> list[dict]:
     for case, ratio in measure.ratios(times, ONE).items():
         row = {"method": name, "case": case, "length": LENGTH.value, "devices": 1 if case == ONE else DEVICES.value}
         row |= {"seconds": times[case], "over_one": ratio, "temporary_bytes": temporaries[case]}
-        said = (
-            f"  {case:12} {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}], {temporaries[case] / 2**20:.0f} MiB a device"
-        )
+        size = temporaries[case] / 2**20
+        said = f"  {case:12} {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}], {size:.0f} MiB per device"
         if case != ONE:
             errors = [np.max(np.abs(x - one[:, order])) for x, one in zip(found[case], found[ONE], strict=True)]
             row["largest_error"] = float(max(errors))

@@ -30,7 +30,7 @@ X_TRANSFORMERS_METHODS = {
 
 @dataclass
 class Step:
-    """One case: `run()` is one update, `loss()` the loss of the last one in nats a token."""
+    """One case: `run()` is one update, `loss()` the loss of the last one in nats per token."""
 
     parameters: int
     run: Callable[[], None]

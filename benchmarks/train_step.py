@@ -1,4 +1,4 @@
-"""Tokens a second of a whole train step, against x-transformers in PyTorch, and the share of attention.
+"""Tokens per second of a whole train step, against x-transformers in PyTorch, and the share of attention.
 
     python benchmarks/train_step.py                                                       the quickstart model
     python benchmarks/train_step.py --length=2048 --batch=1 --heads=4 --head_dim=128 --d_model=512 --rounds=10
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def summarise(times: dict[str, np.ndarray], tokens: int) -> dict[str, dict]:
-    """For every case its tokens a second, shares and time over x-transformers', as (quartile, median, quartile).
+    """For every case its tokens per second, shares and time over x-transformers', as (quartile, median, quartile).
 
     Args:
       times: {case: seconds [rounds]}, with "nope" and "no attention".
@@ -124,8 +124,8 @@ def summarise(times: dict[str, np.ndarray], tokens: int) -> dict[str, dict]:
 
 
 def table(results: dict) -> str:
-    """The summary for people: a line a case."""
-    header = ("", "parameters", "tokens/s", "ms a step", "time over x-transformers", "attention", "position term")
+    """The summary for people: one line per case."""
+    header = ("", "parameters", "tokens/s", "ms per step", "time over x-transformers", "attention", "position term")
     rows = [header]
     for name, row in results["summary"].items():
         over = f"{_spread(row['over_x_transformers'], '.2f')} ({row['against']})" if "against" in row else ""
@@ -145,7 +145,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """A bar a case: the median time of a step, ours in parts; whiskers are quartiles."""
+    """One bar per case: the median time of a step, ours in parts; whiskers are quartiles."""
     from wavelet_jax.figures import style  # matplotlib takes a second to import, and bad input should not wait for it
 
     times, shape, environment = results["seconds_in_rounds"], results["shape"], results["environment"]

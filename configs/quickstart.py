@@ -3,7 +3,7 @@
     python train.py
 
 trains a byte-level model of each on the Python standard library's sources, one after another, and draws
-`runs/quickstart/extrapolation.png`: about twelve minutes on two cores, in 1.5 GiB. Expected perplexity a byte at 128
+`runs/quickstart/extrapolation.png`: about twelve minutes on two cores, in 1.5 GiB. Expected perplexity per byte at 128
 and at 1,024: wavelet 3.04 and 3.12, RoPE 3.07 and 18.0, ALiBi 3.32 and 3.22.
 
 `configs/quickstart.py:METHOD` is a single run of any method; `--config.compare.variants="('wavelet', 'nope')"`

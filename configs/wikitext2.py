@@ -4,7 +4,7 @@
         --config.data.train_files=wiki.train.tokens --config.data.validation_files=wiki.valid.tokens
 
 The files are those of the WikiText-2 word-level archive (plain, .gz or .xz): 2,088,628 and 217,646 tokens, a vocabulary
-of 33,278. 400 updates take about ten minutes a method on two cores; expected perplexity a word at 128 and at 2,048:
+of 33,278. 400 updates take about ten minutes per method on two cores; expected perplexity per word at 128 and at 2,048:
 wavelet 358 and 372, RoPE 358 and 479, ALiBi 336 and 334.
 
 Variants: any position method. With no variant, wavelet, RoPE and ALiBi one after another, then the figures.

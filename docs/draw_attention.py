@@ -84,9 +84,9 @@ def draw_table(terms: Terms, tiles: TileSizes, path: Path) -> None:
         "far zone: [t, j]": whole[first:],
         "far zone as tiles see it: [s, (u, j)], t = s + u": np.concatenate([whole[zone + u] for u in rows], axis=1),
     }
-    for (label, matrix), colour, marker in zip(curves.items(), COLORS, "os^", strict=False):
+    for (label, matrix), color, marker in zip(curves.items(), COLORS, "os^", strict=False):
         values = np.linalg.svd(matrix, compute_uv=False)[:64]
-        right.plot(np.arange(1, len(values) + 1), values / values[0], color=colour, marker=marker, ms=3, label=label)
+        right.plot(np.arange(1, len(values) + 1), values / values[0], color=color, marker=marker, ms=3, label=label)
     right.set_yscale("log")
     right.set_ylim(1e-8, 2)
     right.set_xlim(0, 64)

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     state = optimizer.init(params)
 
     def loss_of(params, tokens_BxT, texts_BxT):
-        """Mean nats a byte."""
+        """Mean nats per byte."""
         logits = forward(params, method, tokens_BxT[:, :-1], texts_BxT[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT[:, 1:]).mean()
 
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         window = rng.integers(len(text) - LENGTH, size=BATCH)[:, None] + np.arange(LENGTH + 1)
         params, state, loss = train_step(params, state, text[window], texts[window])
         losses.append(float(loss))
-        print(f"step {step + 1}: {losses[-1]:.3f} nats a byte", flush=True)
+        print(f"step {step + 1}: {losses[-1]:.3f} nats per byte", flush=True)
     return losses
 
 

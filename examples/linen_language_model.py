@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     state = optimizer.init(params)
 
     def loss_of(params, tokens_BxT):
-        """Mean nats a byte."""
+        """Mean nats per byte."""
         logits = model.apply(params, tokens_BxT[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT[:, 1:]).mean()
 
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> list[float]:
         starts = rng.integers(len(train) - LENGTH, size=BATCH)
         params, state, loss = train_step(params, state, train[starts[:, None] + np.arange(LENGTH + 1)])
         losses.append(float(loss))
-        print(f"step {step + 1}: {losses[-1]:.3f} nats a byte", flush=True)
+        print(f"step {step + 1}: {losses[-1]:.3f} nats per byte", flush=True)
     for length in (LENGTH,) if args.positions == "learned" else (LENGTH, 4 * LENGTH):
         windows = held_out[: len(held_out) // (length + 1) * (length + 1)].reshape(-1, length + 1)
-        print(f"held out, {length} bytes: {jax.jit(loss_of)(params, windows):.3f} nats a byte")
+        print(f"held out, {length} bytes: {jax.jit(loss_of)(params, windows):.3f} nats per byte")
     return losses
 
 

@@ -69,7 +69,7 @@ class Block(nnx.Module):
 
 
 def loss_of(model: nnx.Module, tokens_BxT: jax.Array) -> jax.Array:
-    """Mean nats a byte."""
+    """Mean nats per byte."""
     logits = model(tokens_BxT[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT[:, 1:]).mean()
 
@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> list[float]:
         starts = rng.integers(len(train) - LENGTH, size=BATCH)
         model, optimizer, loss = train_step(model, optimizer, train[starts[:, None] + np.arange(LENGTH + 1)])
         losses.append(float(loss))
-        print(f"step {step + 1}: {losses[-1]:.3f} nats a byte", flush=True)
+        print(f"step {step + 1}: {losses[-1]:.3f} nats per byte", flush=True)
     for length in (LENGTH,) if args.positions == "learned" else (LENGTH, 4 * LENGTH):
         windows = held_out[: len(held_out) // (length + 1) * (length + 1)].reshape(-1, length + 1)
-        print(f"held out, {length} bytes: {jax.jit(loss_of)(model, windows):.3f} nats a byte")
+        print(f"held out, {length} bytes: {jax.jit(loss_of)(model, windows):.3f} nats per byte")
     return losses
 
 

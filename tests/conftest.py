@@ -12,6 +12,39 @@ import pytest
 
 from configs import smoke
 
+# Why a test may be skipped in CI, which sets ALLOWED_SKIPS: what a machine may lack that has installed everything.
+SKIPS = (
+    "could not import 'libtpu'",  # the extra tpu
+    "could not import 'x_transformers'",  # the extra bench
+    "could not import 'jax_triton'",  # the extra cuda
+    "needs JAX's CUDA plugin",
+    "no file system can be mounted here",  # root in a container that allows it
+    "no folder can be made immutable here",
+    "not here: another file system",
+    "refuses positions past its table",  # learned positions, which have a test of their own
+)
+_unexpected: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Notes a test that was skipped for another reason than `SKIPS`."""
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if not any(allowed in reason for allowed in SKIPS):
+            _unexpected.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session with unexpected skips, where these are asked about."""
+    if _unexpected and os.environ.get("ALLOWED_SKIPS") and not hasattr(session.config, "workerinput"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names unexpected skips."""
+    for line in _unexpected:
+        terminalreporter.write_line(f"skipped for a reason that tests/conftest.py does not allow: {line}", red=True)
+
 
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory) -> Path:

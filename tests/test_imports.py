@@ -9,7 +9,7 @@ from support.project import ROOT, environment
 PACKAGE = ROOT / "wavelet_jax"
 # From the bottom up: a part imports only parts of lines above its own, and itself.
 LEVELS = (
-    ("errors",),
+    ("errors", "version"),
     ("integers", "ranges", "concrete"),
     ("angles", "files", "hardware"),
     ("wavelets",),

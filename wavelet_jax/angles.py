@@ -23,7 +23,7 @@ def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     Args:
       positions: any shape [...]. Integers in (-2^31, 2^31) give angles within 6e-7 radians of the exact
         ones; floating-point positions are multiplied in float32 and not reduced.
-      frequencies: [F] constants (not traced), radians a position, |frequency| < 2 pi, in float64.
+      frequencies: [F] constants (not traced), radians per position, |frequency| < 2 pi, in float64.
 
     Returns:
       [..., F] float32.
@@ -55,7 +55,7 @@ def int32_or_float(positions: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
 
 @functools.cache
 def _units(frequencies: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies in units of 2^-32 turns a position: the nearest whole ones (uint32) and the rest (float32).
+    """Frequencies in units of 2^-32 turns per position: the nearest whole ones (uint32) and the rest (float32).
 
     Exact before that rounding: float64 would be wrong by 2^-20 units, times 2^31 positions.
     """

@@ -20,7 +20,7 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> UserError:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line; of an OSError the file, and what is wrong with it."""
+    """The message of an error on one line; for an OSError, the file and the fault."""
     if not isinstance(error, OSError) or error.strerror is None:
         said = " ".join(line.strip() for line in str(error).splitlines())
     else:

@@ -1,17 +1,19 @@
 """Positions, distances and ids of segments as int32, refused where they do not fit."""
 
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from wavelet_jax.errors import UserError
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1  # of int32
 
 
-def as_int32(name: str, values: jax.typing.ArrayLike) -> np.ndarray | jax.Array:
+def as_int32(name: str, values: Any) -> np.ndarray | jax.Array:
     """Integers of any integer dtype as int32, of the same shape.
 
     Args:
@@ -31,7 +33,7 @@ def as_int32(name: str, values: jax.typing.ArrayLike) -> np.ndarray | jax.Array:
         return np.asarray(values, np.int32)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise UserError(f"{name} must be integers, not {values.dtype}")
-    if isinstance(values, jax.core.Tracer):
+    if isinstance(values, Tracer):
         return values.astype(jnp.int32)
     holds = jnp.iinfo(values.dtype)
     if np.size(values) and (holds.min < LOWEST or holds.max > HIGHEST):
@@ -46,8 +48,8 @@ def check_range(name: str, low: int, high: int) -> None:
             raise UserError(f"{name} must be integers from -2^31 to 2^31 - 1 (int32), not {value}")
 
 
-def shown(value: object) -> str:
-    """What a wrong argument is, in a few words: its kind, and its value where that is short."""
+def shown(value: Any) -> str:
+    """A wrong argument in a few words: its kind, and its value if that is short."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     text = repr(value)

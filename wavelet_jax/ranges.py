@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Range:
     above: bool = False
     below: bool = False
 
-    def check(self, name: str, value: object) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Raises `UserError` where `value` is not in the range; `name` says what the value is of."""
         kind = numbers.Integral if self.whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
@@ -37,15 +38,15 @@ class Range:
         if not (self._above_least(value) and self._below_most(value)):
             raise UserError(f"{name} must be {self._allowed(value)}, not {value}")
 
-    def _above_least(self, value: numbers.Real) -> bool:
+    def _above_least(self, value: float) -> bool:
         return self.least < value if self.above else self.least <= value
 
-    def _below_most(self, value: numbers.Real) -> bool:
+    def _below_most(self, value: float) -> bool:
         if not self.below or not value <= self.most:  # NaN fails every comparison
             return value <= self.most
         return float(np.float32(value)) < self.most
 
-    def _allowed(self, value: numbers.Real) -> str:
+    def _allowed(self, value: float) -> str:
         """The bounds in words; an upper bound that only keeps a number in its type is left out where it is kept."""
         low = f"{'above' if self.above else 'at least'} {self.least:g}"
         if value == math.inf and not self.below:

@@ -25,7 +25,7 @@ float32); a size alone, such as `10m`, trains and compares those two methods. Ea
 `small` is the shape of 10m for a laptop: 500 updates of 8 windows of L_train = 256, scored at 256 to 2,048 tokens,
 20 sequences; about an hour on two cores for both methods.
 
-`_pod` after the method is the run for a slice: 256 windows an update, a million tokens, parameters split over all
+`_pod` after the method is the run for a slice: 256 windows per update, a million tokens, parameters split over all
 chips (for sizes from 350m down every chip has them all); and `_32k` the same with 32 windows of 32,768 tokens. Its
 30,000 updates are 256 times the paper's tokens (`--config.train.steps`), and what comes out is not Table 2. What a
 step takes there, compiled without a slice, and docs/launch.md has what that printed:
@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if size in ("7b", "1b"):
         config.mesh.update(data=1, **MESH[scale])
     if scale:
-        config.train.update(batch_size=POD, logits_chunk=512 * POD)  # 512 tokens a chip, where each has a window
+        config.train.update(batch_size=POD, logits_chunk=512 * POD)  # 512 tokens per chip, where each has a window
     if scale == "32k":
         default.set_position(config, max_positions=32768)
         config.train.update(length=32768, batch_size=POD // 8)

@@ -102,7 +102,7 @@ def section6(method: str, small: bool, long: bool = False) -> ConfigDict:
     config.model.update(dropout=0.3, attention_dropout=0.1, activation_dropout=0.1, adaptive_dropout=0.2)
     config.train.update(steps=286_000, length=1024 if long else 512)
     config.train.batch_size = 8 * 9216 // config.train.length
-    config.train.logits_chunk = 8 * 1024  # 1,024 tokens a device
+    config.train.logits_chunk = 8 * 1024  # 1,024 tokens per device
     config.optimizer.update(name="nag", learning_rate=1.0, momentum=0.99, clip_norm=0.1)
     config.optimizer.update(warmup_start=1e-7, warmup_steps=16_000, final_fraction=1e-4)
     config.checkpoint.every = 5_000

@@ -4,9 +4,9 @@
         --length=1012 --layers=3 --out=runs/look
     python -m wavelet_jax.analysis --figures --out=runs/figures
 
-The first writes attention_map_layerN_THRESHOLD.png (a panel a head and run), receptive_field.csv and .png, gradient.csv
-and .png, and stamp.json; at any length, in the memory of the key-value cache and of a block of queries. The second
-draws the paper's pictures that no trained model is needed for.
+The first writes attention_map_layerN_THRESHOLD.png (one panel per head and run), receptive_field.csv and .png,
+gradient.csv and .png, and stamp.json; at any length, in the memory of the key-value cache and of a block of queries.
+The second draws the paper's pictures that no trained model is needed for.
 """
 
 from absl import flags
@@ -24,7 +24,7 @@ HEADS = flags.DEFINE_list("heads", [], "which, counted from 0; all if left out")
 THRESHOLD = flags.DEFINE_list("threshold", ["0.001"], "probabilities from which a map is black; a picture for each")
 LABELS = flags.DEFINE_bool("labels", False, f"write the tokens beside maps; up to --length={report.LABELLED}")
 TEXTS = flags.DEFINE_integer("texts", 16, "that gradients are averaged over; 0: no gradients")
-PIXELS = flags.DEFINE_integer("pixels", 256, "cells a side of a map at most; each shows its largest probability")
+PIXELS = flags.DEFINE_integer("pixels", 256, "cells per side of a map at most; each shows its largest probability")
 FIGURES = flags.DEFINE_bool("figures", False, "draw what needs no run, instead")
 DATA_ROOT = flags.DEFINE_string(
     "data_root", None, "folder that relative paths in the runs' config.data start from; left out: this one"

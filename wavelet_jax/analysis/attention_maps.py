@@ -118,7 +118,7 @@ def cells(weights_HxTxS: jax.Array, cell: int) -> jax.Array:
 
 
 def blocks(length: int, num_heads: int, cell: int) -> list[tuple[int, int]]:
-    """(start, stop) of the blocks of queries: whole cells, so many that scores take `_SCORES` numbers a layer at most.
+    """(start, stop) of the blocks of queries: whole cells, with at most `_SCORES` scores per layer.
 
     The last one may be shorter. One row of cells is the least.
     """
@@ -157,7 +157,7 @@ def build(
     length: int,
     pixels: int,
 ) -> Program:
-    """Compiles the steps of a text of `length` tokens, for maps of at most `pixels` cells a side. Computes nothing.
+    """Compiles the steps of a text of `length` tokens, for maps of at most `pixels` cells per side. Computes nothing.
 
     Raises:
       UserError: they need more memory than there is.

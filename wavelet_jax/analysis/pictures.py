@@ -28,7 +28,7 @@ def attention_map(
     note: str,
     tokens: Sequence[str] | None = None,
 ) -> None:
-    """Where a layer attends, as in the paper's Figures 2, 3, 7 and 8: a row of panels a head, a column a model.
+    """Draws where a layer attends, as in the paper's Figures 2, 3, 7 and 8: a row per head, a column per model.
 
     A cell of the picture is black where any probability in it reaches the threshold.
 
@@ -103,12 +103,12 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
         1, len(names), figsize=(3.9 * len(names) + 0.5, 4.4), dpi=120, layout="constrained", sharey=True, squeeze=False
     )
 
-    def draw(axes, place: float, row: Mapping[str, object], colour: str, filled: bool) -> None:
+    def draw(axes, place: float, row: Mapping[str, object], color: str, filled: bool) -> None:
         # t = 0 has a place on the log axis too.
         values = [row[key] + 1 for key in DISTANCES if row[key] != ""]
-        axes.plot([place] * len(values), values, color=colour, lw=1, alpha=0.6, zorder=1)
+        axes.plot([place] * len(values), values, color=color, lw=1, alpha=0.6, zorder=1)
         for value, marker in zip(values, MARKERS, strict=False):
-            axes.plot(place, value, marker, ms=5, color=colour, mfc=colour if filled else "white", zorder=2)
+            axes.plot(place, value, marker, ms=5, color=color, mfc=color if filled else "white", zorder=2)
 
     for axes, name in zip(grid[0], names, strict=True):
         of_kind = {
@@ -156,7 +156,7 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
 
 
 def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path: Path, *, note: str) -> None:
-    """Cumulative normalised gradient (Chi et al.) against the distance from the last token, a line a model."""
+    """Cumulative normalized gradient (Chi et al.) against the distance from the last token, a line a model."""
     figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     for i, (name, curve) in enumerate(curves.items()):
         axes.plot(np.arange(1, len(curve) + 1), curve, color=COLORS[i % len(COLORS)], label=style.plain(name))
@@ -191,11 +191,11 @@ def rope_wavelets(path: Path, d: int = 64) -> None:
             for low, high in ((-0.25, 0), (0, 1), (1, 2), (2, 2.25)):  # it jumps between these
                 piece = t[(t >= low) & (t < high)]
                 axes.plot(piece, function(piece, k), color=COLORS[0], lw=1.2)
-            for places, marker, colour, label in (
+            for places, marker, color, label in (
                 (delta, MARKERS[0], COLORS[1], "t = δ(j): column j"),
                 (1 + delta, MARKERS[1], COLORS[2], "t = 1 + δ(j): column j + 1"),
             ):
-                axes.plot(places, function(places, k), marker, ms=4, color=colour, label=label)
+                axes.plot(places, function(places, k), marker, ms=4, color=color, label=label)
             axes.set_title(f"{name}, position m = {m}: k = {k}", fontsize=9)
             axes.grid(alpha=0.25)
     figure.legend(
@@ -237,7 +237,7 @@ def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
 
 
 def alibi_windows(path: Path, num_heads: int = 8) -> None:
-    """ALiBi's softmax over equal keys, a line a head, with the distances that hold 90% of it: section 4's windows."""
+    """ALiBi's softmax over equal keys, a line per head, with the distances that hold 90% of it: section 4's windows."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), dpi=90, layout="constrained")
     t, places = np.arange(2048), np.arange(num_heads)
     for head, slope in enumerate(slopes(num_heads).tolist()):

@@ -1,6 +1,6 @@
-"""How far a model looks: the attention of each head by distance, its window by positions alone, and gradients.
+"""The reach of a model: the attention of each head by distance, its window by positions alone, and gradients.
 
-The cumulative normalised gradient is that of Chi, Fan, Rudnicky and Ramadge, "Dissecting Transformer Length
+The cumulative normalized gradient is that of Chi, Fan, Rudnicky and Ramadge, "Dissecting Transformer Length
 Extrapolation via the Lens of Receptive Field Analysis" (ACL 2023, arXiv 2212.10356): how much of the prediction of a
 text's last target comes from the tokens within a distance, through all layers.
 """
@@ -53,7 +53,7 @@ def rows(label: str, method: PositionMethod, maps: Maps) -> list[dict[str, objec
 
 
 def make_gradient(graphdef: nnx.GraphDef, d_model: int) -> Callable[[dict, jax.Array], jax.Array]:
-    """(params, tokens [B, L+1]) -> the normalised gradient s by distance from the last input, [B, L] float32.
+    """(params, tokens [B, L+1]) -> the normalized gradient s by distance from the last input, [B, L] float32.
 
     s at distance t is |g_(L-1-t)| / (|g_0| + .. + |g_(L-1)|), where g_m is the gradient of the loss of the last target
     with respect to the embedding of input m (the same with respect to all that is added to it), of d_model numbers.
@@ -77,8 +77,7 @@ def make_gradient(graphdef: nnx.GraphDef, d_model: int) -> Callable[[dict, jax.A
 
 
 def texts(num_tokens: int, length: int, count: int) -> list[int]:
-    """Where `count` texts of `length` tokens and a target begin: evenly over a stream, fewer where they would be the
-    same."""
+    """Starts of `count` texts of `length` tokens and a target: evenly over a stream, fewer if they would coincide."""
     last = num_tokens - 1 - length
     return sorted(set(np.linspace(0, last, min(count, last + 1)).astype(int).tolist()))
 

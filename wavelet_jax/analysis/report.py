@@ -59,10 +59,10 @@ def analyse(
       workdirs: directories of runs that read the same corpus with the same tokenizer.
       length: tokens of the text, the first of the validation stream.
       layers, heads: which ones, counted from 0; None: all.
-      thresholds: a picture a layer and threshold.
+      thresholds: one picture per layer and threshold.
       labels: whether to write the tokens beside a map.
       texts: that the gradient is averaged over; 0: no gradient.
-      pixels: cells a side of a map, at most.
+      pixels: cells per side of a map, at most.
       out: the folder for the results.
       data_root: the folder that relative paths in the runs' `config.data` start from; None: the current one.
 
@@ -219,7 +219,7 @@ def _bar(total: int, title: str, unit: str) -> tqdm:
 
 
 def _token_labels(corpus: Corpus, length: int) -> list[str]:
-    """How each token of the text looks, with white space made visible."""
+    """The text of each token, with white space made visible."""
     visible = str.maketrans({" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"})
     return [corpus.tokenizer.decode([token]).translate(visible) for token in corpus.validation[:length].tolist()]
 

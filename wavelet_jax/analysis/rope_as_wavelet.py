@@ -110,7 +110,7 @@ def dft_matrix(d: int) -> np.ndarray:
 
 
 def entries_by_row(matrix: np.ndarray, tolerance: float = 1e-12) -> np.ndarray:
-    """How many entries of each row are larger than the tolerance, [rows].
+    """Number of entries of each row that are larger than the tolerance, [rows].
 
     No order of rows and columns and no factors of them change these counts. RoPE has at most 2 in every row, at
     neighbouring dimensions; the Fourier transform has d, so for d > 2 the one is not the other in any order (A.4).

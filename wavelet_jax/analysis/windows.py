@@ -1,4 +1,4 @@
-"""How far positions alone let a head look: ALiBi's slopes and wavelets' scales as windows, without a model."""
+"""Windows of attention by positions alone: ALiBi's slopes and wavelets' scales as windows, without a model."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def alibi_band(slope: float, threshold: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleWindow:
-    """What a scale of a wavelet grid reaches, all its shifts together; None: further than `LONGEST` tokens.
+    """The reach of a scale of a wavelet grid, all its shifts together; None: further than `LONGEST` tokens.
 
     Attributes:
       scale: a.

@@ -2,10 +2,12 @@
 
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from wavelet_jax.attention import common
 from wavelet_jax.attention.call import Call, check_heads
@@ -126,7 +128,7 @@ def check_terms(terms: Terms, query_shape: tuple[int, ...]) -> None:
         raise
 
 
-def dropout_of(rate: float, key: jax.Array | None) -> float:
+def dropout_of(rate: float, key: Any) -> float:
     """The dropout rate as a Python float. Raises `UserError` for one that cannot be, or that has no key."""
     rate = _number("attention's dropout_rate", rate, "a number from 0 to below 1")
     if not 0 <= rate < 1:
@@ -147,7 +149,7 @@ def _is_key(key: jax.Array) -> bool:
 def check_causal(causal: bool) -> None:
     """Raises `UserError` where `causal` is not a bool that is known while tracing."""
     if not isinstance(causal, bool | np.bool_):
-        traced = "a traced " if isinstance(causal, jax.core.Tracer) else ""
+        traced = "a traced " if isinstance(causal, Tracer) else ""
         raise UserError(f"attention's causal must be True or False, not {traced}{shown(causal)}")
 
 
@@ -171,9 +173,9 @@ def tolerance_of(tolerance: float | None) -> float | None:
     return float(tolerance)
 
 
-def _number(name: str, value: float, allowed: str) -> float:
+def _number(name: str, value: Any, allowed: str) -> Any:
     """A Python number; one in an array that is not traced is taken out."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise UserError(f"{name} must be {allowed}, known while tracing, not a traced {shown(value)}")
     if isinstance(value, jax.Array | np.ndarray) and value.shape == ():
         value = value.item()
@@ -183,7 +185,7 @@ def _number(name: str, value: float, allowed: str) -> float:
 
 
 def positions_of(
-    query: jax.Array | int | None, key: jax.Array | int | None, batch: int, num_queries: int, num_keys: int
+    query: Any, key: Any, batch: int, num_queries: int, num_keys: int
 ) -> tuple[jax.Array, int | jax.Array | None, jax.Array, int | jax.Array | None]:
     """Positions of queries and of keys, int32, each with the first of them (None: not known to be consecutive).
 
@@ -209,9 +211,7 @@ def positions_of(
 _Positions = np.ndarray | jax.Array | int
 
 
-def _positions(
-    name: str, positions: jax.Array | int | None, batch: int, length: int
-) -> tuple[_Positions, int | jax.Array | None]:
+def _positions(name: str, positions: Any, batch: int, length: int) -> tuple[_Positions, int | jax.Array | None]:
     """Positions [length] or [B, length] and None; or where they are known to be consecutive, their count and the first.
 
     In int32: unsigned positions would have no negative distances.
@@ -225,7 +225,7 @@ def _positions(
             f"consecutive positions, not {shown(positions)}"
         )
     positions = as_int32(name, positions)
-    traced = isinstance(positions, jax.core.Tracer)
+    traced = isinstance(positions, Tracer)
     if traced:
         return (length, positions) if positions.ndim == 0 else (positions, None)
     positions = np.asarray(positions)
@@ -239,14 +239,14 @@ def _positions(
     return positions, None
 
 
-def _range(positions: _Positions, start: int | jax.Array | None) -> tuple[int, int] | None:
+def _range(positions: Any, start: int | jax.Array | None) -> tuple[int, int] | None:
     """The lowest and the highest position; None where they are not known."""
     if start is not None:
         return (start, start + positions - 1) if isinstance(start, int) and isinstance(positions, int) else None
-    return None if isinstance(positions, jax.core.Tracer) else (int(positions.min()), int(positions.max()))
+    return None if isinstance(positions, Tracer) else (int(positions.min()), int(positions.max()))
 
 
-def _array(positions: _Positions, start: int | jax.Array | None) -> jax.Array:
+def _array(positions: Any, start: int | jax.Array | None) -> jax.Array:
     if start is None:
         return jnp.asarray(positions)
     return start + jnp.arange(positions, dtype=jnp.int32)

@@ -77,7 +77,7 @@ def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
     """
 
     def at(distance: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        """What has heads, [H, ..], and what has head dimensions, [.., D]."""
+        """Arrays with heads, [H, ..], and arrays with head dimensions, [.., D]."""
         vectors = [field(distance) for field in (terms.relative_keys, terms.relative_values) if field is not None]
         fixed = [field for field in (terms.content_bias, terms.position_bias) if field is not None]
         biases = [] if terms.bias is None else [terms.bias(distance)]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from wavelet_jax.attention.api import attention as attention_of_one
@@ -43,7 +44,7 @@ def zigzag(length: int, shards: int) -> np.ndarray:
         below = length - length % (2 * shards)
         raise UserError(
             f"a length of {length} cannot be split over {shards} devices: it must be a multiple of {2 * shards} "
-            f"(two runs a device), such as {f'{below} or ' if below else ''}{below + 2 * shards}"
+            f"(two runs per device), such as {f'{below} or ' if below else ''}{below + 2 * shards}"
         )
     runs = np.arange(length, dtype=np.int32).reshape(2 * shards, -1)
     return np.stack([runs[:shards], runs[: shards - 1 : -1]], axis=1).reshape(-1)
@@ -74,7 +75,7 @@ def attention(
         `Terms` is not a pytree.
       params: what it is given, whole on each device; their gradients are summed over the mesh.
       positions: [T] or [B, T] of the tokens in the order in which they lie. NumPy positions [T] that come to two
-        consecutive runs a device, such as `zigzag`'s, go to every backend that takes a traced first position; any
+        consecutive runs per device, such as `zigzag`'s, go to every backend that takes a traced first position; any
         others to "reference".
       mesh: its axes are divided as the next three say; an axis that none names repeats the work.
       batch_axes: axes that B is divided over.
@@ -96,7 +97,7 @@ def attention(
     by_head = PartitionSpec(batch_axes or None, length_axis, head_axis)
     by_position = PartitionSpec(length_axis) if positions.ndim == 1 else by_token
     # Without a length to divide, NumPy positions stay what they are: constants by which attention plans its tiles.
-    constant = shards == 1 and not isinstance(positions, jax.core.Tracer)
+    constant = shards == 1 and not isinstance(positions, Tracer)
     options = {"causal": causal, "window": window, "backend": backend}
 
     def on_device(params, query, key, value, given_positions, segments) -> jax.Array:
@@ -187,7 +188,7 @@ def _over_length(
 
 def _runs(positions: np.ndarray | jax.Array, shards: int) -> np.ndarray | None:
     """The first positions of the 2 n runs of tokens, [2 n], where positions are known to be such runs, without gaps."""
-    if isinstance(positions, jax.core.Tracer) or positions.ndim != 1 or len(positions) % (2 * shards):
+    if isinstance(positions, Tracer) or positions.ndim != 1 or len(positions) % (2 * shards):
         return None
     runs = np.asarray(positions).reshape(2 * shards, -1)
     risen = np.sort(runs[:, 0])[:, None] + np.arange(runs.shape[1])
@@ -196,7 +197,7 @@ def _runs(positions: np.ndarray | jax.Array, shards: int) -> np.ndarray | None:
 
 
 def _of_heads(terms: Terms, first: jax.Array, heads: int) -> Terms:
-    """The terms of heads first .. first + heads - 1, where a field has one entry a head.
+    """The terms of heads first .. first + heads - 1, where a field has one entry per head.
 
     `first` is traced, and with it a constant table by head (a wavelet grid of one's own for each head), which backends
     then treat as a learned one: the same numbers in more time.

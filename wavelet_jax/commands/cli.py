@@ -1,4 +1,4 @@
-"""How both commands start: flags and config files are read, and what a user can mend is one line and exit code 2."""
+"""Start of the commands: flags and config files are parsed; a fault of the input is one line and exit code 2."""
 
 import ctypes
 import logging as std_logging

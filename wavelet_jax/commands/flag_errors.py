@@ -31,7 +31,7 @@ _TAKES = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def explain(argv: Sequence[str], error: Exception) -> UserError:
-    """What is wrong with a command line that could not be parsed.
+    """The fault of a command line that could not be parsed.
 
     Args:
       argv: as `sys.argv`.

@@ -10,6 +10,7 @@ from wavelet_jax.config import upgrade
 
 
 def get_config(method: str = "wavelet") -> ConfigDict:
+    """The config of a small model with one position method and its options; raises `UserError` for an unknown one."""
     config = ConfigDict()
     config.config_version = upgrade.VERSION  # of the layout of these keys; see wavelet_jax/config/upgrade.py
 
@@ -27,16 +28,16 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     data.train_split = "train"  # tfds: a split, or parts of some: "train[:90%]"
     data.validation_split = "validation"  # tfds: the same; empty: documents are taken out of train_split
     data.validation_fraction = 0.05  # of the documents, by a hash of their content; without a validation text
-    data.tokenizer = "byte"  # byte | word (WikiText's convention) | bpe (trained on the train text) | sentencepiece
+    data.tokenizer = "byte"  # byte | word (WikiText's convention) | bpe (trained on the training text) | sentencepiece
     data.tokenizer_file = ""  # sentencepiece: the model, such as Llama's tokenizer.model
     data.vocab_size = 0  # word: the most frequent kept, 0 for all; bpe: the size to train; sentencepiece: 0
-    data.cache_dir = "~/.cache/wavelet_jax"  # tokenised corpora, shared by runs
-    data.packing = "none"  # none: attention crosses the ends of documents | documents: it stays inside of each
-    data.seed = 0  # of the order of training windows
-    data.threads = 8  # that read TFDS records and tokenise
-    data.prefetch = 2  # batches made ahead of the update that takes them; 0: none
+    data.cache_dir = "~/.cache/wavelet_jax"  # tokenized corpora, shared by runs
+    data.packing = "none"  # none: attention crosses the ends of documents | documents: it stays inside each one
+    data.seed = 0  # seed of the order of training windows
+    data.threads = 8  # threads that read TFDS records and tokenize
+    data.prefetch = 2  # batches prepared ahead of the update that uses them; 0: none
 
-    # --- The decoder: dimensions E, H, K, D, F of model.py --------------------------------------------------------
+    # --- The decoder: dimensions E, H, K, D, F of model/decoder.py --------------------------------------------------
     config.model = model = ConfigDict()
     model.num_layers = 4  # blocks
     model.d_model = 128  # E
@@ -49,18 +50,18 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     model.use_bias = False  # in the linear layers
     model.final_norm = True  # a norm before the head
     model.tied_head = True  # the head is the embedding's transpose; adaptive: always
-    model.vocabulary = "full"  # full: vectors of E numbers | adaptive: rare words, the last of all, have fewer
+    model.vocabulary = "full"  # full: embeddings of E numbers | adaptive: rarer words get narrower ones
     model.cutoffs = ()  # adaptive: the first word of each further cluster, such as (20000, 60000)
-    model.adaptive_factor = 4  # adaptive: so many times fewer from cluster to cluster
-    model.adaptive_dropout = 0.0  # adaptive: on what the softmax reads, and inside its tails
+    model.adaptive_factor = 4  # adaptive: each further cluster is narrower by this factor
+    model.adaptive_dropout = 0.0  # adaptive: on the input of the softmax, and inside its tails
     model.scale_embedding = False  # embeddings, N(0, E^-1/2), are multiplied by sqrt(E)
     model.initializer = "fan_in"  # of the linear layers: fan_in: N(0, 1/fan_in) | xavier: uniform
     model.dropout = 0.0  # on embeddings and residual branches
     model.attention_dropout = 0.0  # on attention probabilities
     model.activation_dropout = 0.0  # inside the feed-forward
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters are float32
-    # What blocks keep for the backward pass, which makes the rest again, for memory: all; what matrix products and
-    # attention gave; what attention gave alone (then no score is made a third time); or nothing.
+    # Rematerialization: what each block saves for the backward pass, which recomputes the rest. none: everything; dots:
+    # outputs of matrix products and of attention; attention: outputs of attention only; block: nothing.
     model.remat = "none"  # none | dots | attention | block, from most memory to least
     model.attention_backend = "auto"  # auto, or one of wavelet_jax.attention.BACKENDS
 
@@ -70,50 +71,50 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     # --- Training --------------------------------------------------------------------------------------------------
     config.train = train = ConfigDict()
     train.steps = 1000  # optimizer updates
-    train.model_seed = 0  # of parameters and dropout; below 2^32, as all seeds
+    train.model_seed = 0  # seed of parameters and dropout; all seeds are below 2^32
     train.init_from = ""  # another run's directory: begin with its parameters; see wavelet_jax/training/initial.py
     train.length = 128  # tokens in a window, L_train
-    train.batch_size = 32  # windows an update, all devices and accumulation together
-    train.accumulation = 1  # an update is made of this many equal parts, one after another, for memory
-    train.logits_chunk = 4096  # tokens whose logits are held at a time, for memory; 0: all
-    train.skip_nonfinite = 0  # so many updates in a row are skipped where loss or gradient is not finite
+    train.batch_size = 32  # windows per update, over all devices and accumulation steps
+    train.accumulation = 1  # parts of an update that are computed one after another, to save memory
+    train.logits_chunk = 4096  # tokens whose logits are in memory at a time; 0: all
+    train.skip_nonfinite = 0  # updates in a row that may be skipped because loss or gradient is not finite
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw | nag: Nesterov's momentum as fairseq has it (wavelet_jax/training/nag.py)
     optimizer.learning_rate = 2e-3  # the peak
     optimizer.schedule = "cosine"  # after the warm-up: cosine | linear | constant
     optimizer.warmup_steps = 100  # linear from warmup_start
-    optimizer.warmup_start = 0.0  # learning rate of the first update; 0: one step above 0, which would waste it
-    optimizer.decay_steps = train.get_oneway_ref("steps")  # cosine, linear: its end; set it to prolong a run later
-    optimizer.final_fraction = 0.1  # cosine, linear: of the peak, at the end
+    optimizer.warmup_start = 0.0  # initial learning rate; 0: peak / (warmup_steps + 1), so that no update is lost
+    optimizer.decay_steps = train.get_oneway_ref("steps")  # cosine, linear: end of the decay; set it to prolong a run
+    optimizer.final_fraction = 0.1  # cosine, linear: final learning rate as a fraction of the peak
     optimizer.b1 = 0.9  # adamw: decay of the first moment
     optimizer.b2 = 0.95  # adamw: decay of the second moment
     optimizer.eps = 1e-8  # adamw: added to the second moment's root
     optimizer.weight_decay = 0.1  # adamw: on matrices; not on norms, biases and position parameters
     optimizer.momentum = 0.99  # nag
-    optimizer.clip_norm = 1.0  # of the global gradient, that of the mean over tokens; 0: none
+    optimizer.clip_norm = 1.0  # global gradient norm to clip at, of the mean loss over tokens; 0: no clipping
 
     # --- What a run writes ------------------------------------------------------------------------------------------
     config.log = log = ConfigDict()
     log.every = 20  # updates
     log.wandb = ""  # a project of Weights & Biases to log to as well (pip install 'wavelet-jax[wandb]'); empty: none
-    log.slow_update = 10.0  # warn of an update that takes this many times the median of the last 32; 0: never
+    log.slow_update = 10.0  # warn if an update takes this many times the median of the last 32; 0: never
     log.slow_seconds = 10.0  # and at least these seconds
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 500  # updates; the last is always saved
     checkpoint.keep = 2  # newest checkpoints
-    checkpoint.timeout = 600  # seconds until a save is given up, such as one that failed in another process
+    checkpoint.timeout = 600  # seconds after which a save is abandoned, for example one that failed in another process
     config.eval = evaluation = ConfigDict()
     evaluation.every = 500  # updates between validations during training; 0: none
     evaluation.windows = 128  # validation windows in each
     # eval.py, and the end of a comparison:
-    evaluation.max_tokens = 65536  # validation tokens scored at every length, from the first on; 0: as many as fit
-    evaluation.sequences = 0  # above 0: instead, so many sequences of the longest length, drawn from all of them
-    evaluation.sequence_seed = 0  # of the draw
+    evaluation.max_tokens = 65536  # validation tokens scored at every length, from the first one; 0: all that fit
+    evaluation.sequences = 0  # if > 0: score this many randomly drawn sequences of the longest length instead
+    evaluation.sequence_seed = 0  # seed of the draw
     evaluation.batch_tokens = 8192  # tokens of a batch; at least one block
-    evaluation.prefill_chunk = 4096  # longer blocks are read this many tokens at a time, for memory; 0: whole
+    evaluation.prefill_chunk = 4096  # longer blocks are read in chunks of this many tokens, to save memory; 0: whole
     evaluation.resamples = 1000  # bootstrap resamples of the 95% intervals
-    evaluation.bootstrap_seed = 0  # of the resamples
+    evaluation.bootstrap_seed = 0  # seed of the resamples
 
     # --- Evaluators during training: one section each, by any name; see wavelet_jax/training/evaluators.py ------------
     config.evaluators = evaluators = ConfigDict()

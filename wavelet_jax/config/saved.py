@@ -128,7 +128,7 @@ def _check_value(key: str, value: Any, kind: Any) -> None:
         raise UserError(f"{key} is {_described(value)}, not {wanted}")
 
 
-def _fits(value: Any, kind: type) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind in (str, int, bool):

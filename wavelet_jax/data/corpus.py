@@ -31,7 +31,7 @@ from wavelet_jax.parallel import processes
 
 _FORMAT = 2  # raise it when other code would make other tokens of the same text
 _TMP = ".tmp-"
-_CHUNK = 1 << 20  # characters that are tokenised as one piece of work
+_CHUNK = 1 << 20  # characters that are tokenized as one piece of work
 _FILES = ("train.bin", "validation.bin", "train.ends", "validation.ends", "tokenizer.json")
 
 
@@ -70,7 +70,7 @@ def load_corpus(config) -> Corpus:
     sources.check(config)
     tokenizer = tokenizers.specification(config)
     if not config.data.cache_dir:
-        raise UserError("config.data.cache_dir is empty: name a folder for the tokenised text")
+        raise UserError("config.data.cache_dir is empty: name a folder for the tokenized text")
     cache = user_path(config.data.cache_dir, "config.data.cache_dir", config.data.folder).absolute()
     with file_digests.kept(cache) as sha256:
         return _load(config, cache, tokenizer, sha256)
@@ -294,7 +294,7 @@ def _check_splits(config, documents: dict[str, int], files: dict[str, list[str]]
 
 
 def _kind(config) -> str:
-    """What the keys of the two splits end in: config.data.train_files, config.data.train_split."""
+    """The ends of the keys of the two splits: config.data.train_files, config.data.train_split."""
     return "split" if sources.is_tfds(config) else "files"
 
 
@@ -353,7 +353,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             held = wait
             if wait:
-                logging.info("another process tokenises this corpus: waiting for it")
+                logging.info("another process tokenizes this corpus: waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             held = False  # a file system without locks: several may build, and the first rename wins

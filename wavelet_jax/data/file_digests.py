@@ -59,6 +59,6 @@ def kept(cache: Path) -> Iterator[Callable[[str | Path], str]]:
 
 
 def _state(descriptor: int) -> list[int]:
-    """What `stat` says of an open file: on a network file system opening it is what brings that up to date."""
+    """`stat` of a file that is opened first: on a network file system opening it is what brings that up to date."""
     found = os.fstat(descriptor)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]

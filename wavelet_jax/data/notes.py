@@ -1,4 +1,4 @@
-"""What of a text could not be taken as it stands: counted while it is read, and reported when all of it was."""
+"""Faults of a text that were worked around: counted while it is read, and reported at the end."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def _others(files: int) -> str:
 
 
 def count_replaced(text: bytes) -> int:
-    """How many U+FFFD `text.decode("utf-8", "replace")` has that are not in the text itself."""
+    """Number of U+FFFD `text.decode("utf-8", "replace")` has that are not in the text itself."""
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:

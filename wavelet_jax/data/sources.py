@@ -1,4 +1,4 @@
-"""Where text comes from: the files or the TFDS data set that `config.data` names, read as a stream of documents."""
+"""Sources of text: the files or the TFDS data set that `config.data` names, read as a stream of documents."""
 
 import contextlib
 import glob

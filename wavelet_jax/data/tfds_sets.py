@@ -20,13 +20,13 @@ from wavelet_jax.files.reading import MissingFile, user_path
 PREFIX = "tfds:"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_AHEAD = 64  # records read ahead of the one that is tokenised; a book of pg19 has some 400 KB
+_AHEAD = 64  # records read ahead of the one that is tokenized; a book of pg19 has some 400 KB
 # Builders that come with this package, and their configurations: `python -m wavelet_jax.data.NAME` prepares them.
 OWN = {"wikitext": ("wikitext2", "wikitext103")}
 
 
 def full_name(config) -> str:
-    """What is read, with its configuration and version: "wiki40b/en/1.3.0"."""
+    """The data set that is read, with its configuration and version: "wiki40b/en/1.3.0"."""
     return _open(config).info.full_name
 
 
@@ -165,7 +165,7 @@ def _versions(base: Path, between: str = "") -> list[Path]:
 
 
 def _command(config) -> str:
-    """What prepares the data set. Not ours to do: it may take hours, a licence, TensorFlow or Beam."""
+    """The command that prepares the data set, for the user: it may take hours, a license, TensorFlow or Beam."""
     name = config.data.source.removeprefix(PREFIX)
     match = _NAME.fullmatch(name)
     if match["name"] in OWN:

@@ -23,7 +23,7 @@ class Windows:
     `training.make_train_step` keeps attention inside of each. Windows are full, and no text is left out or repeated: a
     document that does not end with its window goes on in another, without what came before.
 
-    Attributes: num_windows, windows in an epoch; length, input tokens a window.
+    Attributes: num_windows, windows in an epoch; length, input tokens per window.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int, ends: np.ndarray | None = None):

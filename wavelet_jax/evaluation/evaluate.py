@@ -220,7 +220,7 @@ def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
     names = max(24, *(len(curve.method) + 1 for curve in curves))
     width = 26  # of two spaces and hundreds with their interval
     lines = [
-        f"perplexity a {stamp['unit']} [95% interval] by length; {stamp['protocol']}, "
+        f"perplexity per {stamp['unit']} [95% interval] by length; {stamp['protocol']}, "
         f"{stamp['tokens_scored']:,} tokens scored at every length, {stamp['tokenizer']} tokenizer",
         f"{'method':{names}}{'L_train':>8}" + "".join(f"{length:>{width},}" for length in lengths),
     ]
@@ -241,7 +241,7 @@ def check(
     stride: int = 0,
     other_text: Mapping[str, str] | None = None,
 ) -> tuple[Corpus, ScoredText]:
-    """What can be known to fail before anything is trained or computed.
+    """Checks everything that can be known before anything is trained or computed.
 
     Returns:
       The runs' corpus, with the other validation text where there is one, and what is scored of it.
@@ -296,7 +296,7 @@ def check_settings(config: ConfigDict) -> None:
 def check_memory(
     configs: Sequence[ConfigDict], workdirs: Sequence[Path], *, lengths: Sequence[int], protocol: str
 ) -> None:
-    """What `check` leaves: compiles the longest program of every run, which may not be trained yet.
+    """Checks memory, which `check` does not: compiles the longest program of every run, which may not be trained yet.
 
     Raises:
       UserError: one of them needs more memory than there is; and what `check` raises.
@@ -349,7 +349,7 @@ def _num_targets(config: ConfigDict, available: int, longest: int) -> int:
 
 
 def labels(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[str]:
-    """What runs are called; where one name occurs twice, with as much of the directories' ends as tells them apart.
+    """Labels for tables and plots; duplicates get the shortest path suffix that tells them apart.
 
     Raises:
       UserError: two runs would have the same name all the same.

@@ -1,4 +1,4 @@
-"""What an evaluation will take, memory and time, said before it starts; too much memory is refused before that."""
+"""Forecast of an evaluation's memory and time, printed before it starts; too much memory is refused before that."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from wavelet_jax.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one length comes to: so many batches [batch_size, length] of blocks."""
+    """The work of one length: a number of batches [batch_size, length] of blocks."""
 
     batches: int
     batch_size: int
@@ -119,7 +119,7 @@ def timed(job: Job) -> Job:
 
     pace = measure(longest)
     if longest.chunk == longest.length > job.work[min(job.work)].length:
-        # Whole blocks show their mean seconds a token; two lengths, how those grow.
+        # Whole blocks show their mean seconds per token; two lengths, how those grow.
         shortest = job.program(min(job.work))
         short = measure(shortest)
         growth = 2 * (pace.base - short.base) / (longest.length - shortest.length)

@@ -30,7 +30,7 @@ class Pace:
     growth: float
 
     def seconds(self, start: int, stop: int, batch_size: int = 1) -> float:
-        """Of tokens start .. stop - 1 of every block of a batch."""
+        """Seconds for tokens start .. stop - 1 of every block of a batch."""
         return batch_size * (stop - start) * (self.base + self.growth * (start + stop) / 2)
 
 

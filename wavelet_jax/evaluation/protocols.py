@@ -25,7 +25,7 @@ class Block:
 
 
 def plan_blocks(num_targets: int, length: int, protocol: str, *, stride: int, train_length: int) -> list[Block]:
-    """How a protocol covers targets 0 .. num_targets - 1, each once (paper, section 6.1; the ALiBi repository).
+    """The blocks by which a protocol covers targets 0 .. num_targets - 1, each once (paper, section 6.1).
 
     Args:
       num_targets: M.

@@ -1,4 +1,4 @@
-"""What an evaluation scores: the head of the validation stream or sequences drawn from it, of this text or another."""
+"""The scored text: the head of the validation stream or sequences drawn from it, of the run's text or another."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -10,15 +10,15 @@ from wavelet_jax.figures import style
 
 
 def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
-    """Perplexity against evaluation length, one line a method with its interval, training lengths marked."""
+    """Perplexity against evaluation length, one line per method with its interval, training lengths marked."""
     figure, axes = style.new_figure()
     for i, method in enumerate(_methods(curves)):
         rows = [curve.row() for curve in curves if curve.method == method]
         lengths = [row["length"] for row in rows]
-        colour, marker = style.COLORS[i % len(style.COLORS)], style.MARKERS[i % len(style.MARKERS)]
-        axes.plot(lengths, [row["perplexity"] for row in rows], color=colour, marker=marker, label=style.plain(method))
+        color, marker = style.COLORS[i % len(style.COLORS)], style.MARKERS[i % len(style.MARKERS)]
+        axes.plot(lengths, [row["perplexity"] for row in rows], color=color, marker=marker, label=style.plain(method))
         axes.fill_between(
-            lengths, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=colour, alpha=0.2, lw=0
+            lengths, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color, alpha=0.2, lw=0
         )
     _mark_training_lengths(axes, curves)
     axes.set_xscale("log", base=2)
@@ -26,7 +26,7 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     style.log_scale(axes, [curve.row()["perplexity"] for curve in curves])
     axes.set_xlabel("evaluation length (tokens)")
-    axes.set_ylabel(f"perplexity a {stamp['unit']}")
+    axes.set_ylabel(f"perplexity per {stamp['unit']}")
     axes.set_title("Perplexity past the training length")
     _finish(figure, axes, stamp, path)
 
@@ -47,13 +47,13 @@ def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> 
             sums, _ = np.histogram(curve.positions + 1, edges, weights=curve.losses.astype(np.float64))
         centres = np.sqrt(edges[:-1] * (edges[1:] - 1).clip(edges[:-1]))
         seen = counts > 0
-        colour = style.COLORS[i % len(style.COLORS)]
-        axes.plot(centres[seen], sums[seen] / counts[seen], color=colour, label=style.plain(curve.method))
+        color = style.COLORS[i % len(style.COLORS)]
+        axes.plot(centres[seen], sums[seen] / counts[seen], color=color, label=style.plain(curve.method))
     _mark_training_lengths(axes, curves)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(f"position in the block (tokens), blocks as evaluated at length {longest:,}")
-    axes.set_ylabel(f"loss (nats a {stamp['unit']})")
+    axes.set_ylabel(f"loss (nats per {stamp['unit']})")
     axes.set_title("Loss by position")
     _finish(figure, axes, stamp, path)
 
@@ -61,16 +61,16 @@ def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> 
 def beside_paper(pairs: Sequence, path: Path) -> None:
     """Perplexity against length in multiples of L_train, here on the left and in the paper on the right.
 
-    `pairs` are `paper.Pair`s. One row has one colour on both sides; vertical scales differ, as models and texts do.
+    `pairs` are `paper.Pair`s. One row has one color on both sides; vertical scales differ, as models and texts do.
     """
     figure, sides = style.plt.subplots(1, 2, figsize=(12, 5), dpi=120, layout="constrained", sharex=True)
     for i, row in enumerate(dict.fromkeys(pair.ours.row for pair in pairs)):
-        colour, marker = style.COLORS[i % len(style.COLORS)], style.MARKERS[i // len(style.COLORS) % len(style.MARKERS)]
+        color, marker = style.COLORS[i % len(style.COLORS)], style.MARKERS[i // len(style.COLORS) % len(style.MARKERS)]
         for axes, side in zip(sides, ("ours", "paper"), strict=True):
             lines = sorted((getattr(pair, side) for pair in pairs if pair.ours.row == row), key=lambda x: x.length)
             multiples = [line.length / line.train_length for line in lines]
             axes.plot(
-                multiples, [line.perplexity for line in lines], color=colour, marker=marker, label=style.plain(row)
+                multiples, [line.perplexity for line in lines], color=color, marker=marker, label=style.plain(row)
             )
     for axes, title in zip(sides, ("here", "in the paper"), strict=True):
         axes.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""Every picture: in colours that colour-blind readers can tell apart, and with its stamp."""
+"""Every picture: in colors that color-blind readers can tell apart, and with its stamp."""
 
 import warnings
 from collections.abc import Sequence

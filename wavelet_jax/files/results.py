@@ -1,4 +1,4 @@
-"""How results get into a folder: numbers first, then pictures. A picture that cannot be drawn costs no number."""
+"""Writing results into a folder: numbers first, then pictures. A picture that cannot be drawn costs no number."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

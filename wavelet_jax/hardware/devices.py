@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +60,12 @@ _NO_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-_target: contextvars.ContextVar[list[jax.Device] | None] = contextvars.ContextVar("target", default=None)
+_target: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
-def compiled_for(devices: list[jax.Device]) -> Iterator[None]:
-    """What is traced and compiled inside is for these devices, which need not be there (see `topology`)."""
+def compiled_for(devices: list[Any]) -> Iterator[None]:
+    """Traces and compiles what is inside for these devices, which need not exist (see `topology`)."""
     token = _target.set(devices)
     try:
         yield
@@ -72,25 +73,27 @@ def compiled_for(devices: list[jax.Device]) -> Iterator[None]:
         _target.reset(token)
 
 
-def current() -> list[jax.Device]:
+def current() -> list[Any]:
     """The devices that programs are for: those of `compiled_for`, or all that JAX has."""
     return _target.get() or jax.devices()
 
 
 def platform() -> str:
-    """What kind they are: cpu, gpu or tpu."""
-    return jax.default_backend() if _target.get() is None else _target.get()[0].platform
+    """The kind of the devices: cpu, gpu or tpu."""
+    target = _target.get()
+    return jax.default_backend() if target is None else target[0].platform
 
 
 def count() -> int:
-    """How many."""
-    return jax.device_count() if _target.get() is None else len(_target.get())
+    """The number of devices."""
+    target = _target.get()
+    return jax.device_count() if target is None else len(target)
 
 
-def topology(name: str) -> list[jax.Device]:
+def topology(name: str) -> list[Any]:
     """The devices of a TPU slice that is not there, to compile for: "v5e:16x16", "v5p:4x4x4".
 
-    Call it before anything asks JAX for its devices: JAX is told to leave those at hand alone.
+    Call it before anything asks JAX for its devices: JAX is told to leave those of this machine alone.
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
@@ -117,7 +120,7 @@ def topology(name: str) -> list[jax.Device]:
         raise no_slice(" ".join(str(error).split())) from error
 
 
-def limit(device: jax.Device) -> int | None:
+def limit(device: Any) -> int | None:
     """Bytes of a device that a program can have: of its share where several share a memory; None where not known."""
     if device.platform == "tpu" and device.device_kind in TPU_MEMORY:
         return TPU_MEMORY[device.device_kind]

@@ -1,4 +1,4 @@
-"""How much memory there is, and what a compiled program takes of it."""
+"""The memory of this machine, and the part of it that a compiled program needs."""
 
 import contextlib
 import os
@@ -82,7 +82,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _number_in(file: Path) -> int | None:
-    """What a file says, where that is a positive whole number."""
+    """The positive whole number in a file; None if it holds anything else."""
     text = "".join(_lines(file)).strip()
     return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
 

@@ -1,4 +1,4 @@
-"""What both `PositionAttention`s do: from the arguments that Flax's attention modules pass to those of `attention()`.
+"""Shared by both `PositionAttention`s: from the arguments that Flax's attention modules pass to those of `attention()`.
 
 A Flax attention module knows masks, and no positions; a position method needs positions, and in linear memory no dense
 masks. What the one cannot say to the other is refused here, never guessed.
@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from wavelet_jax.attention import attention
 from wavelet_jax.attention.arguments import dropout_of
@@ -78,7 +79,7 @@ def attend(
             )
     query_positions = key_positions = None
     if input_positions is not None:
-        if not isinstance(input_positions, jax.core.Tracer):
+        if not isinstance(input_positions, Tracer):
             # NumPy stays a constant under jit, so that attention() sees whether positions are consecutive.
             input_positions = np.asarray(input_positions)
         elif num_queries > 1 and backend == "auto":

@@ -26,7 +26,7 @@ class PositionAttention(nnx.Module):
       `wavelet_jax.attention.attention` has it.
     - Decoding with the module's cache: `causal=True`. The query's position is the cache index, read off the mask that
       the module makes; or give the module `input_positions` (Flax 0.12.12 or newer). Traced ones for each row,
-      [B, 1] with B > 1, go by the definition, which costs more: where all rows are at one position, give [1, 1], or
+      [B, 1] with B > 1, go by the reference, which costs more: where all rows are at one position, give [1, 1], or
       leave it to the mask.
 
     A query that sees no key gets zeros (Flax's own: the mean of all values). Scores and softmax are float32 whatever

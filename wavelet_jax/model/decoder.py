@@ -6,12 +6,14 @@ V vocabulary.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
@@ -24,6 +26,7 @@ from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.absolute import check_positions
+from wavelet_jax.positions.terms import Params
 
 NORMS = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}
 ACTIVATIONS = ("swiglu", "relu")
@@ -41,7 +44,7 @@ REMATS = {
 }
 
 # Positions of queries or keys: [T] or [B, T] int32, or the first of consecutive ones.
-Positions = jax.typing.ArrayLike
+Positions = Any
 
 
 def make_position(config: ConfigDict) -> positions.PositionMethod:
@@ -157,7 +160,7 @@ class Block(nnx.Module):
         params = {name: param[...] for name, param in position.items()}
         dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
 
-        def terms_of(params: positions.terms.Params) -> positions.Terms:  # the embedding has its positions already
+        def terms_of(params: Params) -> positions.Terms:  # the embedding has its positions already
             return self.method.terms(params).without_embedding()
 
         if mesh is not None and mesh.size > 1 and dropout_rate == 0:
@@ -388,7 +391,7 @@ class Decoder(nnx.Module):
           UserError: the cache has no room for them. Where `cache.filled` is traced, the hidden states are NaN instead.
         """
         wanted = cache.filled + tokens_BxT.shape[1]
-        if not isinstance(wanted, jax.core.Tracer) and wanted > cache.room:
+        if not isinstance(wanted, Tracer) and wanted > cache.room:
             raise UserError(
                 f"the cache has room for {cache.room} tokens, not for {wanted}: give init_cache a longer length"
             )
@@ -400,7 +403,7 @@ class Decoder(nnx.Module):
         return hidden_BxTxE, KVCache(keys, values, wanted)
 
     def terms(self, layer: int = 0) -> positions.Terms:
-        """What the position method does to a layer's attention, or to the embedding, with this model's parameters."""
+        """The position method's terms for a layer's attention, or to the embedding, with this model's parameters."""
         position = self.blocks[layer].position if self.method.per_layer else self.position
         return self.method.terms({name: param[...] for name, param in position.items()})
 

@@ -111,7 +111,7 @@ def match(ours: Iterable[Measured], paper: Iterable[Published]) -> list[Pair]:
 
 
 def order(pairs: Sequence[Pair]) -> tuple[int, int, int]:
-    """Of all pairs of rows at one length: (in the paper's order, in the other, undecided: our intervals overlap)."""
+    """Counts of pairs of rows at one length: (in the paper's order, in the other, undecided: our intervals overlap)."""
     same = other = undecided = 0
     for a, b in itertools.combinations(pairs, 2):
         if a.ours.ci_low <= b.ours.ci_high and b.ours.ci_low <= a.ours.ci_high:
@@ -244,7 +244,7 @@ def _without_counterpart(line: Measured, paper: Sequence[Published]) -> UserErro
 
 
 def _stamp(folder: Path) -> str:
-    """What an evaluation says of itself, in a line; empty where it says nothing."""
+    """The stamp of an evaluation in one line; empty if it has none."""
     stamp = folder / "stamp.json"
     if not stamp.is_file():
         return ""

@@ -100,7 +100,7 @@ class Watch:
         if silent:
             self.close()
             which = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))} of {len(self._others) + 1}"
-            self._leave(f"{which} gave no sign of life for {self._patience:g} s: ended, frozen, or out of reach")
+            self._leave(f"{which} did not respond for {self._patience:g} s: ended, frozen, or out of reach")
 
     def _forgive(self) -> None:
         self._looked = self._answered = time.monotonic()  # when this process last looked, and the store last answered

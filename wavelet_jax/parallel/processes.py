@@ -127,7 +127,7 @@ def _arguments(
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id must be 0 to {num_processes - 1}, one each, not {process_id}")
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    # JAX alone would take one GPU a process wherever SLURM or Open MPI count them; an empty list takes all.
+    # JAX alone would take one GPU per process wherever SLURM or Open MPI count them; an empty list takes all.
     if not shares_gpus(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         arguments["local_device_ids"] = []
     return arguments
@@ -171,7 +171,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def _gather(text: str) -> list[str]:
-    """What each process has said, by their numbers, in all of them."""
+    """The answers of all processes, by their numbers; the same in each of them."""
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(data.size))
     padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))  # one shape for all

@@ -77,7 +77,7 @@ def mesh_shape(config: ConfigDict, count: int) -> dict[str, int]:
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """How many parts a batch is split into."""
+    """Number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -115,7 +115,7 @@ def tree_shardings(mesh: Mesh, tree):
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Where a batch of tokens lies: its batch dimension over data and fsdp, after `leading` whole ones.
+    """The sharding of a batch of tokens: its batch dimension over data and fsdp, after `leading` whole ones.
 
     Along `context` all of a row is on every device: it is one token longer than what the model reads, and small.
     """

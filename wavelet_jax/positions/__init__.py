@@ -1,6 +1,7 @@
 """Position methods behind one seam: a frozen dataclass of hyper-parameters -> `Terms` -> attention."""
 
 import dataclasses
+from typing import Any
 
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.integers import shown
@@ -26,7 +27,7 @@ __all__ = [
     "unknown_option",
 ]
 
-METHODS: dict[str, type[PositionMethod]] = {
+METHODS: dict[str, type[Any]] = {  # each a dataclass that is a `PositionMethod`
     "wavelet": Wavelet,
     "rope": RoPE,
     "alibi": ALiBi,
@@ -42,9 +43,13 @@ METHODS: dict[str, type[PositionMethod]] = {
 
 def fields(name: str) -> list[str]:
     """The names of all fields of a method's class. Raises `UserError` for an unknown method."""
+    return [field.name for field in dataclasses.fields(_class(name))]
+
+
+def _class(name: str) -> type[Any]:
     if name not in METHODS:
         raise unknown("position method", name, METHODS)
-    return [field.name for field in dataclasses.fields(METHODS[name])]
+    return METHODS[name]
 
 
 # Fields of methods that a model decides: they are arguments of `make`, and no keys of a config.
@@ -53,8 +58,8 @@ OF_THE_MODEL = ("num_heads", "head_dim", "d_model")
 
 def options(name: str) -> dict[str, object]:
     """The options of a method and their defaults, as `make` takes them. Raises `UserError` for an unknown method."""
-    taken = ("num_heads", "head_dim")
-    return {field: METHODS[name].__dataclass_fields__[field].default for field in fields(name) if field not in taken}
+    taken, method = ("num_heads", "head_dim"), _class(name)
+    return {field.name: field.default for field in dataclasses.fields(method) if field.name not in taken}
 
 
 def config(name: str) -> dict[str, object]:
@@ -76,7 +81,7 @@ def unknown_option(name: str, option: str) -> UserError:
     return UserError(f"{option} is an option of {', '.join(others)}, not of {name}, {has}")
 
 
-def make(name: str, *, num_heads: int, head_dim: int, **method_options) -> PositionMethod:
+def make(name: str, *, num_heads: int, head_dim: int, **method_options: Any) -> PositionMethod:
     """Builds a position method: `method.init(key)` gives its parameters, `method.terms(params)` its `Terms`.
 
     Args:

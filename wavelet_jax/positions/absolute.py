@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from wavelet_jax.angles import angle
 from wavelet_jax.errors import UserError
@@ -65,7 +66,7 @@ class Sinusoidal:
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A learned vector a position, as in GPT-2; it has nothing to say past its table, and refuses.
+    """A learned vector per position, as in GPT-2; it has nothing to say past its table, and refuses.
 
     Attributes: max_positions, rows of the table; d_model, the width (0 for num_heads * head_dim).
     """
@@ -85,7 +86,7 @@ class Learned:
 
     def terms(self, params: Params) -> Terms:
         def embed(positions: jax.Array) -> jax.Array:
-            if not isinstance(positions, jax.core.Tracer):
+            if not isinstance(positions, Tracer):
                 low, high = (int(each(positions)) if np.size(positions) else 0 for each in (np.min, np.max))
                 if low < 0:
                     raise UserError(f"learned positions start at 0: there is no row for position {low}")

@@ -18,8 +18,8 @@ class DiscreteWavelet:
 
     The samples are no smooth function of t, and at the paper's levels they reach far: 2^8 (N - 1) tokens and the shift,
     783 for db2, 15,631 for dmey, 16,143 for db32, 24,335 for coif16. `attention.tiled` carries them as exactly as the
-    smooth wavelets, in memory linear in length, but by the near form over all of that: a second product a tile, as for
-    learned tables. Kernels refuse them where they reach past a band.
+    smooth wavelets, in memory linear in length, but by the near form over all of that: a second product per tile, as
+    for learned tables. Kernels refuse them where they reach past a band.
 
     Attributes:
       wavelet: a discrete wavelet of PyWavelets: db1 .. db38, sym2 .., coif1 .., dmey, bior1.1 .., rbio1.1 .., haar.

@@ -15,7 +15,7 @@ CLIP_DISTANCE = Range(1, 2**30 - 1, whole=True)  # the table's 2 k + 1 rows are 
 
 @dataclasses.dataclass(frozen=True)
 class Shaw:
-    """A learned vector a distance, clipped to [-clip_distance, clip_distance], shared by the heads of a layer.
+    """A learned vector per distance, clipped to [-clip_distance, clip_distance], shared by the heads of a layer.
 
     Attributes:
       clip_distance: k, tokens; farther keys share the vector of distance k.

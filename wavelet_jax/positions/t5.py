@@ -1,4 +1,4 @@
-"""T5's relative bias (Raffel et al., arXiv 1910.10683, section 2.1): a learned scalar a head and distance bucket."""
+"""T5's relative bias (Raffel et al., arXiv 1910.10683, section 2.1): a learned scalar per head and distance bucket."""
 
 import dataclasses
 from typing import ClassVar

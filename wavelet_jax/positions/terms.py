@@ -50,7 +50,7 @@ class Terms:
 
 
 class PositionMethod(Protocol):
-    """What every entry of `METHODS` is: a frozen dataclass of hyper-parameters with two pure functions."""
+    """An entry of `METHODS`: a frozen dataclass of hyper-parameters with two pure functions."""
 
     num_heads: int  # query heads
     head_dim: int
@@ -61,5 +61,5 @@ class PositionMethod(Protocol):
         ...
 
     def terms(self, params: Params) -> Terms:
-        """What attention needs. Called inside the traced function: `Terms` is not a pytree."""
+        """The terms for attention. Called inside the traced function: `Terms` is not a pytree."""
         ...

@@ -22,7 +22,7 @@ def sinusoid(positions: jax.Array, dim: int, theta: float = 10000.0) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class TransformerXL:
-    """score = ((q + u) . k + (q + v) . W_r R[t]) / sqrt(D): R a sinusoid of the distance; W_r, u, v learned a layer.
+    """score = ((q + u) . k + (q + v) . W_r R[t]) / sqrt(D): R a sinusoid of the distance; W_r, u, v learned per layer.
 
     Attributes:
       theta: base of the sinusoid's frequencies.

@@ -6,7 +6,7 @@ It is read only after all its files were found as they were written. One that is
 to damaged-N, and the one before it used.
 
 A run that has saved nothing yet has an empty file, none-yet, in its folder of checkpoints. A folder with neither it nor
-a checkpoint is one that somebody has emptied, and the run is not begun anew (`check_whole`).
+a checkpoint is one that somebody has emptied, and the run is not started over (`check_whole`).
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _PATIENCE = 30.0  # seconds that the run waits for a save before it says so
 
 
 def check_whole(workdir: Path) -> None:
-    """Raises `UserError` where a part of a run is gone without which it would silently begin anew. Writes nothing.
+    """Raises `UserError` where a part of a run is gone without which it would silently start over. Writes nothing.
 
     A run makes checkpoints/none-yet, then config.json, then lines of metrics.jsonl. So these cannot come about by a
     kill at any moment, and are refused:
@@ -224,7 +224,7 @@ def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
         tried = [f"{step} ({reason})" for step, reason in reasons.items()]
         tried += [f"{name} (set aside before)" for name in aside] if processes.is_first() else ["see process 0"]
         raise UserError(
-            f"no checkpoint in {folder} can be read: {', '.join(tried)}; bring one back, or use a new workdir "
+            f"no checkpoint in {folder} can be read: {', '.join(tried)}; restore one, or use a new workdir "
             f"(one that was saved before there were checksums: `write` in wavelet_jax/runs/checksums.py vouches for it)"
         )
     for step, reason in reasons.items():
@@ -247,13 +247,13 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 def _restore_data(checkpoint: Path, fingerprint: str) -> dict:
-    """What is saved beside the state; restored first: with another vocabulary the shapes of the state would not fit."""
+    """The data saved beside the state, restored first: with another vocabulary the state's shapes would not fit."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         data = checkpointer.restore(checkpoint / "data", args=ocp.args.JsonRestore())
     if data["fingerprint"] != fingerprint:
         raise UserError(
             f"{checkpoint.parent} was trained on another text or tokenizer than the config gives now (corpus "
-            f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): bring it back, or use a new workdir"
+            f"{data['fingerprint'][:12]}, not {fingerprint[:12]}): restore it, or use a new workdir"
         )
     return data
 
@@ -278,7 +278,7 @@ def _check_tree(checkpoint: Path, abstract: Any) -> None:
         raise UserError(
             f"{checkpoint} does not fit the model of the config: {first} is {stored.get(first, 'absent')} in the "
             f"checkpoint and {wanted.get(first, 'absent')} in the model (arrays that differ: {len(differing):,}): "
-            "bring back the config.json that the run was trained with"
+            "restore the config.json that the run was trained with"
         )
 
 

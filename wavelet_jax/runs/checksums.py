@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None where all its files are as they were written.
+    """The fault of a checkpoint in a few words; None if all its files are as they were written.
 
     Reads every file once. A difference goes unseen with probability 2^-256 (BLAKE2b).
     """

@@ -1,4 +1,4 @@
-"""What a run's directory holds beside its checkpoints: the config it was made with, its metrics, and its lock."""
+"""A run's directory beside its checkpoints: the config it was made with, its metrics, and its lock."""
 
 import contextlib
 import fcntl
@@ -21,9 +21,9 @@ PROGRESS_INTERVAL = 1 if os.isatty(2) else 30
 # All that a run writes, except for what wandb keeps of it in wandb/, which has links of its own.
 WRITTEN = ("config.json", "metrics.jsonl", "lock", "tensorboard", "checkpoints", "profile")
 
-# What may differ when a run goes on: none of these changes what is trained. Another mesh, and what trades time for
-# memory there, adds up in another order and draws other dropout masks; the text itself is known by its fingerprint,
-# wherever its files lie; a run that skip_nonfinite stopped may be let on.
+# Keys that may change when a run resumes. None affects the objective: mesh and memory options only change the order of
+# summation and the dropout masks; the text is known by its fingerprint, wherever its files are; a run that
+# skip_nonfinite stopped may be allowed to continue.
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "evaluators.", "mesh.", "compare.")
 FREE_KEYS += ("model.remat", "model.attention_backend", "train.logits_chunk", "train.accumulation")
 FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
@@ -68,7 +68,7 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def label(config: ConfigDict) -> str:
-    """What tables and figures call a run."""
+    """The name of a run in tables and figures."""
     return config.compare.label or config.position.method
 
 
@@ -100,7 +100,7 @@ def load_config(workdir: Path) -> saved.SavedConfig:
     try:
         return saved.of_tree(reading.parse_json(path.read_bytes(), "it"), path)
     except UserError as error:
-        raise UserError(f"{path} is damaged ({error}): bring it back, or use a new workdir") from error
+        raise UserError(f"{path} is damaged ({error}): restore it, or use a new workdir") from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: updates that are not finite, and updates that take far too long."""
+"""Guards of a run that trains: updates that are not finite, and updates that take far too long."""
 
 import collections
 import contextlib
@@ -22,7 +22,7 @@ _NEEDED = 8  # of them, before any is called slow
 
 
 class Guard:
-    """Looks at every update, one late, so that the device has work while the host looks.
+    """Checks each update one step late, so that the host never blocks the device.
 
     An update that is not finite has changed nothing but its counters (`training.make_train_step`), so a state that is
     saved or validated before it was looked at is a good one all the same.
@@ -77,8 +77,8 @@ class Guard:
 class _Watch:
     """A thread that warns, once, when an update takes `factor` times the median of those before and `least` seconds.
 
-    The first update of a process is not counted: it is compiled. Later slow ones are told again only when one has been
-    as fast as usual in between.
+    The first update of a process is not counted: it is compiled. It warns once, and again only after an update of usual
+    speed.
     """
 
     def __init__(self, factor: float, least: float):

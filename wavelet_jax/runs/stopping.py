@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """What is known about stopping; made by `listen`. `signum` is the signal that came, or 0."""
+    """The state of stopping; made by `listen`. `signum` is the signal that came, or 0."""
 
     def __init__(self):
         self.signum = 0
@@ -33,8 +33,8 @@ class Stop:
     def requested(self) -> bool:
         """Whether to stop after the update that has just been made; call it in every process after every update.
 
-        From the first call on a signal waits for this answer. Processes agree on it: it tells what they had heard of at
-        the update before, so that no device waits for it.
+        After the first call, a signal no longer ends the process but makes the next call return True. Several processes
+        decide together and asynchronously, so the answer is that of the update before, and no device waits for it.
         """
         if not self._held:
             _install()  # again: jax.distributed.initialize takes SIGTERM for itself

@@ -1,4 +1,4 @@
-"""How fast a run is against what its devices could do, and where the rest of the time goes."""
+"""Speed of a run relative to the peak of its devices, and where the rest of the time goes."""
 
 import contextlib
 import time
@@ -30,8 +30,8 @@ def matrix_parameters(config: ConfigDict, vocab_size: int) -> int:
 def update_flops(config: ConfigDict, vocab_size: int) -> float:
     """FLOPs that one update of the model needs: those by which model FLOPs utilization (MFU) is stated.
 
-    6 N T for T tokens and the N of `matrix_parameters` (2 forward, 4 backward), and 12 H D a layer for every pair of a
-    query and a key that it sees, L (L + 1) / 2 a window of L: two products of D, three times. As Chowdhery et al.
+    6 N T for T tokens and the N of `matrix_parameters` (2 forward, 4 backward), and 12 H D per layer for every pair of
+    a query and a key that it sees, L (L + 1) / 2 per window of L: two products of D, three times. As Chowdhery et al.
     (PaLM, arXiv 2204.02311, appendix B), but that they count all L^2 pairs, of which causal attention needs half. Not
     counted, since the model does not ask for it: position terms, recomputation (`model.remat`, tiles), the optimizer.
     """
@@ -44,8 +44,8 @@ def update_flops(config: ConfigDict, vocab_size: int) -> float:
 class Meter:
     """Speed of a run, and its seconds by where they go, from one line of metrics to the next.
 
-    The loop never waits for a device on its account: a thread waits for the result of every update, and notes when it
-    is there. Time of the host's that passes while the devices are busy is not lost, and not counted.
+    Measuring never blocks the loop: a thread waits for the result of every update and notes the time. Host time that
+    overlaps with device work is not counted as lost.
 
     Args:
       tokens, flops: of one update.
@@ -104,7 +104,7 @@ class Meter:
         return self._clock()
 
     def line(self) -> dict[str, float]:
-        """What belongs into a line of metrics, of the time since the line before; call it when all updates are done.
+        """Metrics of the time since the last line; call it when all updates are done.
 
         tokens_per_second and mfu are of the time that is left without checkpoints, validation and compilation; the
         shares are of all of it. A checkpoint is saved after its line, and so counts in the next.

@@ -1,4 +1,4 @@
-"""What of a config can be known to be wrong before any text is read: tokenizing it may take long."""
+"""Checks of a config before any text is read, since tokenizing may take long."""
 
 from ml_collections import ConfigDict
 

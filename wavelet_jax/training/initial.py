@@ -3,7 +3,7 @@
 In this order, the first that applies:
 
 1. the newest sound checkpoint in the run's own directory: the run resumes;
-2. the parameters of another run, `config.train.init_from`: step, optimizer and data begin anew;
+2. the parameters of another run, `config.train.init_from`: step, optimizer and data start over;
 3. parameters drawn from `config.train.model_seed`.
 """
 

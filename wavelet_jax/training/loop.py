@@ -85,7 +85,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Tools:
-    """What works beside the updates of a run."""
+    """Everything that the loop uses beside the state."""
 
     manager: ocp.CheckpointManager
     log: MetricsLog

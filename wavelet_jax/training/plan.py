@@ -1,6 +1,6 @@
-"""What a run will take, before it is paid for: the train step compiled for devices that need not be there.
+"""Memory and time of a run before it starts: the train step, compiled for devices that need not exist.
 
-    python train.py --config=FILE.py --compile_only                             for the devices at hand
+    python train.py --config=FILE.py --compile_only                             for the devices of this machine
     python train.py --config=FILE.py --compile_only --topology=v5e:16x16        for a TPU slice, without a TPU
 
 Nothing is computed, read or written. The compiled program is the run's own, so its bytes are the compiler's word, not a
@@ -84,7 +84,7 @@ def show(
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"--vocab_size must be at least 1, not {vocab_size}")
     targets = jax.devices() if topology is None else devices.topology(topology)
-    title = "the devices at hand" if topology is None else topology
+    title = "the devices of this machine" if topology is None else topology
     with devices.compiled_for(targets):
         for config in configs:
             size = vocabulary(config) if vocab_size is None else vocab_size
@@ -173,7 +173,7 @@ def changes(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
     batch_devices = sharding.batch_devices(mesh)
     config = config.copy_and_resolve_references()
     tokens = config.train.batch_size // config.train.accumulation * config.train.length
-    chunk = 1024 * batch_devices  # tokens a device whose products still fill it
+    chunk = 1024 * batch_devices  # tokens per device whose products still fill it
     if chunk < tokens and not 0 < config.train.logits_chunk <= chunk:
         yield {"train.logits_chunk": chunk}
     if mesh.shape["data"] > 1:
@@ -187,7 +187,7 @@ def changes(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
 
 
 def remedies(config: ConfigDict, vocab_size: int, usage: Usage, limit: int) -> Iterator[str]:
-    """Lines that say what would fit into `limit` bytes a device: `changes` one upon the other, each compiled."""
+    """Lines that say what would fit into `limit` bytes per device: `changes` one upon the other, each compiled."""
     config = config.copy_and_resolve_references()
     flags_ = {}
     for change in changes(config, sharding.make_mesh(config)):
@@ -200,7 +200,8 @@ def remedies(config: ConfigDict, vocab_size: int, usage: Usage, limit: int) -> I
         flags_ |= change
         fits = usage.total <= limit
         verdict = "fits" if fits else "does not fit"
-        yield f"{_as_flags(flags_)}: {memory.shown(usage.total)} a device, {verdict} (compiled, {usage.seconds:.0f} s)"
+        size = memory.shown(usage.total)
+        yield f"{_as_flags(flags_)}: {size} per device, {verdict} (compiled, {usage.seconds:.0f} s)"
         if fits:
             return
     yield more_chips(config, sharding.make_mesh(config), usage, limit)
@@ -240,9 +241,9 @@ def table(
     lines = [
         f"{title}: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
         f"{directory.label(config)}, {usage.count:,} parameters ({vocab_size:,} words), {windows:,} windows of "
-        f"{length:,} tokens an update, compiled in {usage.seconds:.0f} s",
+        f"{length:,} tokens per update, compiled in {usage.seconds:.0f} s",
         "",
-        "bytes a device",
+        "bytes per device",
     ]
     rows = [("parameters", usage.parameters, ""), ("optimizer", usage.optimizer, "")]
     if usage.refused:
@@ -254,7 +255,7 @@ def table(
     lines += [f"  {name:18}{memory.shown(size):>12}  {note}".rstrip() for name, size, note in rows]
     verdict = "and how much there is is not known"
     if limit is not None:
-        fits = "it fits" if usage.total <= limit else f"IT DOES NOT FIT, by {memory.shown(usage.total - limit)}"
+        fits = "it fits" if usage.total <= limit else f"does not fit: over by {memory.shown(usage.total - limit)}"
         verdict = f"of {memory.shown(limit)}: {fits}"
     lines.append(f"  {'total':18}{memory.shown(usage.total):>12}  {verdict}")
 
@@ -267,9 +268,9 @@ def table(
         "an update",
         f"  {'model FLOPs':18}{flops:>12.2e}  6 N T and causal attention; nothing that is computed twice",
         f"  {'compiler FLOPs':18}{compiler:>12}  of all devices; the body of a loop counts once",
-        f"  {'seconds':18}{seconds:>12.3g}  estimated, at {utilization:.0%} of {peak / 1e12:,.4g} TFLOP/s a device "
+        f"  {'seconds':18}{seconds:>12.3g}  estimated, at {utilization:.0%} of {peak / 1e12:,.4g} TFLOP/s per device "
         f"({whose})",
-        f"  {'tokens a second':18}{windows * length / seconds:>12,.0f}  estimated; "
+        f"  {'tokens per second':18}{windows * length / seconds:>12,.0f}  estimated; "
         f"{config.train.steps:,} updates would take {_duration(config.train.steps * seconds)}",
     ]
     return "\n".join(lines)

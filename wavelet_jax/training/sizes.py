@@ -1,4 +1,4 @@
-"""What a run needs in memory at the very least, by formulas, so that impossible sizes are refused and not allocated.
+"""Lower bounds on the memory of a run, by formulas, so that impossible sizes are refused and not allocated.
 
 The formulas count parameters, the optimizer's state, the tokens of a batch and the input of one layer, once over all
 devices. A run needs more than that, and the compiler knows how much (`training.plan`): what is refused here cannot

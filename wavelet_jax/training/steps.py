@@ -141,7 +141,7 @@ def batch_shape(config: ConfigDict) -> tuple[int, ...]:
 
 
 def _unpack(config: ConfigDict, windows: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """What an update reads of the windows that `data.Windows` makes, with any leading dimensions.
+    """The parts of the windows that an update reads, which `data.Windows` makes, with any leading dimensions.
 
     Returns:
       tokens: [.., L+1]: inputs are [:-1], targets [1:].
@@ -169,7 +169,7 @@ def make_train_step(
     accumulation = config.train.accumulation
 
     def loss_of(params, windows, key, count) -> jax.Array:
-        """What these windows add to the mean over `count` targets."""
+        """The part of these windows in the mean over `count` targets."""
         model = nnx.merge(graphdef, params)
         tokens, segment_ids, counted = _unpack(config, windows)
         inputs, targets = into_order(tokens[:, :-1], mesh), into_order(tokens[:, 1:], mesh)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from wavelet_jax.angles import angle, int32_or_float
 from wavelet_jax.concrete import concretely
@@ -21,19 +22,19 @@ _FAR = 40.0
 
 
 def ricker(x: jax.Array) -> jax.Array:
-    """Ricker ("Mexican hat") wavelet, Eq. (12): (1 - x^2) exp(-x^2 / 2)."""
+    """Ricker ("Mexican hat") wavelet, Eq. (12): (1 - x^2) exp(-x^2 / 2), elementwise."""
     x = jnp.clip(x, -_FAR, _FAR)
     return (1 - x * x) * jnp.exp(-x * x / 2)
 
 
 def gaussian(x: jax.Array) -> jax.Array:
-    """Gaussian, section 6.3.1: exp(-x^2)."""
+    """Gaussian, section 6.3.1: exp(-x^2), elementwise."""
     x = jnp.clip(x, -_FAR, _FAR)
     return jnp.exp(-x * x)
 
 
 def morlet(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Morlet wavelet, section 6.3.1: exp(-x^2) cos(scale * x).
+    """Morlet wavelet, section 6.3.1: exp(-x^2) cos(scale * x), elementwise.
 
     The scale stretches the envelope and not the cosine: with x = (t - b) / a the cosine is cos(t - b).
     """
@@ -41,16 +42,16 @@ def morlet(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def haar(x: jax.Array) -> jax.Array:
-    """Haar wavelet as the paper prints it, Eq. (15): +1 on [-0.5, 0), -1 on [-1, -0.5), 0 elsewhere.
+    """Haar wavelet as the paper prints it, Eq. (15), elementwise: +1 on [-0.5, 0), -1 on [-1, -0.5), 0 elsewhere.
 
-    It lies on the negative side, so with t = m - n >= 0 its reach is t in [b - a, b) only. Under a causal mask
+    It is zero for x >= 0, so with t = m - n >= 0 its support is t in [b - a, b) only. Under a causal mask
     use it with `t_sign="n-m"`, or use `haar_standard`. A step: its derivative is 0 wherever there is one.
     """
     return jnp.where((x >= -1) & (x < 0), jnp.where(x >= -0.5, 1.0, -1.0), 0.0).astype(jnp.result_type(x, float))
 
 
 def haar_standard(x: jax.Array) -> jax.Array:
-    """The textbook Haar wavelet, on the causal side for t = m - n: +1 on [0, 0.5), -1 on [0.5, 1)."""
+    """The textbook Haar wavelet, causal for t = m - n: +1 on [0, 0.5), -1 on [0.5, 1), 0 elsewhere; elementwise."""
     return jnp.where((x >= 0) & (x < 1), jnp.where(x < 0.5, 1.0, -1.0), 0.0).astype(jnp.result_type(x, float))
 
 
@@ -64,7 +65,7 @@ MOTHERS: dict[str, Callable] = {
 T_SIGNS = ("m-n", "n-m")
 
 
-def wavelet(t: jax.Array, scale: jax.Array, shift: jax.Array, mother: str | Callable = "ricker") -> jax.Array:
+def wavelet(t: ArrayLike, scale: ArrayLike, shift: ArrayLike, mother: str | Callable = "ricker") -> jax.Array:
     """One value psi((t - b) / a), Eq. (11); the height is not divided by sqrt(a), unlike in Eq. (2).
 
     Args:
@@ -100,7 +101,7 @@ def wavelet(t: jax.Array, scale: jax.Array, shift: jax.Array, mother: str | Call
 
 
 def num_shifts(head_dim: int, count: int, kind: str) -> int:
-    """d/s, the shifts of a grid: how many a head of d dimensions has for each of s scales (or levels: `kind`).
+    """d/s, the shifts of a grid: how many per head of d dimensions has for each of s scales (or levels: `kind`).
 
     Raises:
       UserError: s does not divide d.
@@ -117,7 +118,7 @@ def num_shifts(head_dim: int, count: int, kind: str) -> int:
 
 
 def scale_shift_grid(head_dim: int, num_scales: int = 8, first_exponent: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The (scale, shift) pairs of Eq. (13): {2^e .. 2^(e+s-1)} x {0 .. d/s - 1}, one pair a head dimension.
+    """The (scale, shift) pairs of Eq. (13): {2^e .. 2^(e+s-1)} x {0 .. d/s - 1}, one pair per head dimension.
 
     Args:
       head_dim: d, the size of one head.
@@ -142,9 +143,9 @@ def scale_shift_grid(head_dim: int, num_scales: int = 8, first_exponent: int = 0
 
 
 def wavelet_position(
-    distance: jax.Array,
-    scales: jax.Array,
-    shifts: jax.Array,
+    distance: ArrayLike,
+    scales: ArrayLike,
+    shifts: ArrayLike,
     mother: str | Callable = "ricker",
     t_sign: str = "m-n",
 ) -> jax.Array:
@@ -185,7 +186,7 @@ def _reach(mother: str | Callable, tolerance: float) -> float:
     """The largest |x| at which |psi(x)| is at least `tolerance`, to 1e-3; infinite where that is still so at +-40."""
     x = np.linspace(-_FAR, _FAR, 80_001)
     # A Morlet's envelope is the Gaussian, whatever its scale.
-    psi = gaussian if mother == "morlet" else MOTHERS.get(mother, mother)
+    psi = mother if callable(mother) else gaussian if mother == "morlet" else MOTHERS[mother]
     with concretely():
         heights = np.abs(np.asarray(jax.vmap(psi)(jnp.asarray(x, jnp.float32))))
     if max(heights[0], heights[-1]) >= tolerance:

@@ -4,12 +4,13 @@ The paper takes "8 levels of {1, 2, .., 8} instead of the 8-pattern scale parame
 that PyWavelets computes; how a relative position t, a shift b and a level l pick a value is not stated. `wavefun(l)`
 returns psi in steps of 2^-l over its support [0, N - 1], N the length of the filters: 2^l (N - 1) steps. Readings:
 
-  sampling="level"  one value a token as they come, p[t, j] = wavefun(l_j)[t - b_j], and 0 outside. The default:
+  sampling="level"  one value per token as they come, p[t, j] = wavefun(l_j)[t - b_j], and 0 outside. The default:
                     supports double from level to level, so that levels do stand in the place of scales.
   sampling="fine"   Eq. (11) with a = 2^l: psi((t - b) / 2^l), read off wavefun(12). Level 0, a = 1, exists here only.
                     The cascade of level l stands a few tokens to the left of that (the mean of phi: 0.6 for db2, 6 for
                     db32, 30 for dmey), and is coarse at the first levels.
-  (not offered)     the level as resolution only, a token a unit of psi's own x. All levels would be nearly one column,
+  (not offered)     the level as resolution only, one token per unit of psi's own x. All levels would be nearly one
+  column,
                     a = 1, and rbio1.1, which is the Haar wavelet, would share the fate of fixed-scale Haar (Table 3:
                     299 at 2,512 tokens); Table 4 has it at 18.98, near the 18.17 of Haar with its eight scales.
 
@@ -40,6 +41,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.integers import as_int32
@@ -60,7 +62,7 @@ MAX_LEVEL = 12  # 2^12 (N - 1) numbers: 413,696 for the longest filters; and the
 
 @functools.cache
 def samples(wavelet: str, level: int, sampling: str = "level") -> np.ndarray:
-    """psi of one level, a value a token: float64 [n], with zeros at both ends; n is 2^level (N - 1), or 1 or 2 more.
+    """psi of one level, one value per token: float64 [n], zeros at both ends; n is 2^level (N - 1), or 1 or 2 more.
 
     Args:
       wavelet: a name of `pywt.wavelist(kind="discrete")`.
@@ -93,7 +95,7 @@ def filter_length(wavelet: str) -> int:
 
 
 def level_shift_grid(head_dim: int, num_levels: int = 8, first_level: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The (level, shift) pairs in the place of Eq. (13)'s: {l .. l + s - 1} x {0 .. d/s - 1}, one a head dimension.
+    """The (level, shift) pairs in the place of Eq. (13)'s: {l .. l + s - 1} x {0 .. d/s - 1}, one per head dimension.
 
     Args:
       head_dim: d, the size of one head.
@@ -138,7 +140,7 @@ def _columns(wavelet: str, levels: tuple[int, ...], sampling: str, origin: str) 
 
 
 def discrete_position(
-    distance: jax.Array,
+    distance: ArrayLike,
     wavelet: str,
     levels: np.ndarray,
     shifts: np.ndarray,

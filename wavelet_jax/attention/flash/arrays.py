@@ -1,4 +1,4 @@
-"""What a flash kernel reads: plain arrays in absolute tiles, and the frame that makes a kernel differentiable.
+"""Inputs of the flash kernels (plain arrays, tiled at absolute positions), and the custom_vjp around a kernel.
 
 `tiled` cuts keys relative to every query tile, by slices at any key. A kernel loads whole tiles at multiples of their
 size, so here queries and keys are cut at absolute positions (keys get padding in front, up to V - 1, so that the
@@ -56,7 +56,7 @@ class Layout:
     Attributes:
       rows, keys: U and V; V divides U.
       row_tiles, key_tiles: N and J.
-      group: G, query heads a key head: head h reads key head h // G.
+      group: G, query heads per key head: head h reads key head h // G.
       origin: the tile of keys that begins at the position of query 0; may lie outside of 0 .. J - 1.
       band: key tiles of the local band (before, after) those at the query tile's own positions.
       reach: key tiles of the far form (before, after) the local band.
@@ -149,7 +149,7 @@ def _floor_divide(x: int | jax.Array, n: int) -> int | jax.Array:
 
 
 class Arrays(NamedTuple):
-    """What a kernel reads and has gradients by; near or far is None where the terms have no such part."""
+    """Arrays that a kernel reads and has gradients for; near or far is None if the terms have no such part."""
 
     query_BxHxTxD: jax.Array  # T = N U, padded at the end
     key_BxKxSxD: jax.Array  # S = J V, padded in front and at the end
@@ -291,7 +291,7 @@ def _parts(prepared: Prepared, batch: int, kv_heads: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(kernel: Kernel, prepared: Prepared, content, position, key, value) -> jax.Array:
     """[B, H, T, D], padded. Only the inputs, the output and its logsumexp wait for the backward pass: the near scores,
-    several times as large as the queries, are made again there.
+    several times as large as the queries, are recomputed there.
     """
     return _run(kernel, prepared, value.dtype, content, position, key, value)[0]
 

@@ -25,7 +25,7 @@ from wavelet_jax.attention.tiled.geometry import TileSizes
 
 
 class Blocks(NamedTuple):
-    """How one kernel is cut: rows and keys of a block divide U and V; warps of a program; stages of its pipelines."""
+    """Sizes of one kernel: rows and keys of a block divide U and V; warps of a program; stages of its pipelines."""
 
     rows: int
     keys: int
@@ -45,10 +45,10 @@ class Sizes(NamedTuple):
 _128, _64 = TileSizes(rows=128, block=128, band=64, keys=64), TileSizes(rows=64, block=64, band=64, keys=64)
 
 # (compute capability, bytes of a number, head_dim at most): sizes. Chosen by what the compiler says of registers,
-# spills and shared memory, not by a clock: no GPU was at hand. `tests/gpu_resources.py` prints that of every entry.
+# spills and shared memory, not by a clock: no GPU was available. `tests/gpu_resources.py` prints that of every entry.
 # Causal with wavelets of 2^0 .. 2^7, 16-bit numbers spill nothing; float32 spills tens of bytes for heads of 64, and
-# up to some kilobytes for 256. Bands are as narrow as tiles allow: near scores are rows + band float32 numbers a query
-# and head.
+# up to some kilobytes for 256. Bands are as narrow as tiles allow: near scores are rows + band float32 numbers per
+# query and head.
 SIZES = {
     (80, 2, 64): Sizes(_128, Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 4, 2)),
     (80, 2, 128): Sizes(_128, Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),

@@ -231,7 +231,7 @@ def _key_runs(
     tile, key_length, origin, band_before, far_before, far_after,
     U: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr, HAS_NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Of row tile `tile`: the band's first key, and where runs 0 .. 4 of its keys begin and the last ends."""
+    """For row tile `tile`: the band's first key, and where runs 0 .. 4 of its keys begin and the last ends."""
     start = origin + tile * U - band_before
     end = key_length
     if CAUSAL:
@@ -251,7 +251,7 @@ def _row_runs(
     key, row_length, origin, band_before, far_before, far_after,
     U: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr, HAS_NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of keys from `key`: where the rows begin that have it in their runs 4 .. 0, and where the last end."""
+    """For a block of keys from `key`: where the rows with it in their runs 4 .. 0 begin, and where the last end."""
     own = key - origin + band_before  # row tiles from `own` tokens on have the keys before their band
     if HAS_NEAR or CAUSAL:
         ends = (

@@ -31,10 +31,10 @@ from wavelet_jax.attention.flash.arrays import (
 from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.hardware import devices
 
-# Tiles with relative keys, and without. Chosen by counting, not by a clock: no TPU was at hand. A step of the grid has
-# a fixed cost of some tenths of a microsecond, as long as the products of a 256 x 256 tile with D = 128 take on a TPU
-# v5e, so plain tiles are larger; but near scores are rows + band float32 numbers a query and head in main memory, which
-# 256 holds to 2 KB.
+# Tiles with relative keys, and without. Chosen by counting, not by a clock: no TPU was available. A step of the grid
+# has a fixed cost of some tenths of a microsecond, as long as the products of a 256 x 256 tile with D = 128 take on a
+# TPU v5e, so plain tiles are larger; but near scores are rows + band float32 numbers per query and head in main memory,
+# which 256 holds to 2 KB.
 TILES = (TileSizes(rows=256, block=256, band=256, keys=256), TileSizes(rows=512, block=512, band=0, keys=512))
 
 LANES = 128  # of a vector register: lengths of tiles are multiples of it
@@ -288,7 +288,7 @@ def _row_inputs(layout: Layout, basis: np.ndarray | None, arrays: Arrays) -> tup
 
 
 def _per_row(layout: Layout) -> pl.BlockSpec:
-    """Of one number a query, [B, H, 1, T]."""
+    """The block of one number per query, [B, H, 1, T]."""
     return pl.BlockSpec((None, None, 1, layout.rows), lambda b, h, i, j: (b, h, 0, i))
 
 
@@ -398,7 +398,7 @@ def _call(
 
 
 def _cost(layout: Layout, arrays: Arrays, products: int) -> pl.CostEstimate:
-    """What XLA cannot see inside of a kernel: `products` of a tile's scores with D columns; keys come for every row."""
+    """A kernel's cost, which XLA cannot see: `products` of a tile's scores with D columns; keys come for every row."""
     batch, heads, _, dim = arrays.query_BxHxTxD.shape
     scores = batch * heads * layout.rows * layout.keys * sum(layout.end(i) for i in range(layout.row_tiles))
     read = sum(array.nbytes for array in arrays if array is not None)

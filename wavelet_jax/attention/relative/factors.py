@@ -7,7 +7,7 @@ t = u + s apart, and with few terms r
     near:  P[t, :]     = sum over c of near[t, c] project[:, c]                     (any t of the near zone)
     far:   P[u + s, :] = sum over r of basis[s, r] (sum over c of rows[u, r, c] project[:, c])
 
-so that a far tile of keys costs R more head dimensions, with one small product a query for all of them. Everything
+so that a far tile of keys costs R more head dimensions, with one small product per query for all of them. Everything
 here is NumPy in float64, done while tracing, and depends on the table's numbers only, never on who made it.
 """
 

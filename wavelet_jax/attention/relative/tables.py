@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from wavelet_jax.concrete import concretely
 from wavelet_jax.positions.terms import Terms
@@ -22,7 +23,7 @@ def are_known(terms: Terms) -> bool:
         return False
     reads = jax.make_jaxpr(terms.relative_keys)(jax.ShapeDtypeStruct((1,), jnp.int32)).consts
     arrays = [x for x in reads if isinstance(x, jax.Array)]
-    return not any(isinstance(x, jax.core.Tracer) or len(x.sharding.device_set) > 1 for x in arrays)
+    return not any(isinstance(x, Tracer) or len(x.sharding.device_set) > 1 for x in arrays)
 
 
 def evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray:

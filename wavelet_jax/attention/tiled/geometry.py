@@ -1,4 +1,4 @@
-"""Where tiles lie: sizes of tiles, padding, the tiles that a query tile sees, and what is hidden in one.
+"""Geometry of tiles: their sizes, padding, the tiles that a query tile sees, and the keys that are hidden in one.
 
 Only integers and positions are here; `tile` has the arrays. The letters are in ../README.md.
 """
@@ -137,7 +137,7 @@ def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array:
 
 
 def band_start(plan: Plan, tile: Tile) -> int | None:
-    """Where in a tile the band begins that `QueryForms.near` is for; None where it has none."""
+    """The index in a tile at which the band of `QueryForms.near` begins; None if the tile has none."""
     return tile.row if tile.side is None and plan.factors is not None and not plan.key_everywhere else None
 
 

@@ -19,7 +19,7 @@ from wavelet_jax.attention.tiled.skew import by_key, skew
 
 
 class Inputs(NamedTuple):
-    """What the custom derivative sees; a field that the terms do not need is None. N query tiles, H = K heads x G."""
+    """Inputs of the custom derivative; a field that the terms do not need is None."""
 
     query_NxBxKxDxGxU: jax.Array  # with the content bias
     position_NxBxKxDxGxU: jax.Array | None  # with the position bias; None: the same queries
@@ -98,7 +98,7 @@ class Far(NamedTuple):
 
 
 class View(NamedTuple):
-    """What one tile of keys is to one tile of queries: slices of the inputs; None where the terms have no such part."""
+    """The slices of the inputs for one tile of keys and one of queries; None if the terms have no such part."""
 
     keys: KeyBlock  # V of the S
     table: jax.Array | None  # [n, D] or [K, G, n, D], relative keys of the tile's distances, falling by one

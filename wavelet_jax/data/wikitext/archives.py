@@ -65,14 +65,14 @@ PUBLISHED = {
 
 
 def published(name: str) -> Published:
-    """What is known of "wikitext2" or "wikitext103". Raises `UserError` for another name."""
+    """The archive of "wikitext2" or "wikitext103". Raises `UserError` for another name."""
     if name not in PUBLISHED:
         raise unknown("configuration of wikitext", name, PUBLISHED)
     return PUBLISHED[name]
 
 
 def instructions(name: str, folder: Path | str) -> str:
-    """What to put where by hand, in one line."""
+    """One line that says which file to put where by hand."""
     archive = published(name)
     members = ", ".join(archive.member(split) for split in SPLITS)
     return (

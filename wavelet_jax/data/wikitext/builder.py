@@ -22,7 +22,7 @@ _CITATION = """@inproceedings{merity2017pointer,
 
 
 class Wikitext(tfds.core.GeneratorBasedBuilder):
-    """Good and featured articles of Wikipedia, tokenised into words, rare ones as `<unk>`.
+    """Good and featured articles of Wikipedia, tokenized into words, rare ones as `<unk>`.
 
     Attributes:
       checked_archive: an archive that has been through `archives.check`; None: that of the manual folder, checked here.

@@ -1,0 +1,4 @@
+from typing import Any
+
+class TupleParser:
+    def parse(self, argument: Any) -> tuple: ...
