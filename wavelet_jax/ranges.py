@@ -32,7 +32,7 @@ class Range:
 
     def check(self, name: str, value: Any) -> None:
         """Raises `UserError` where `value` is not in the range; `name` says what the value is of."""
-        kind = numbers.Integral if self.whole else numbers.Real
+        kind: Any = numbers.Integral if self.whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
             raise UserError(f"{name} must be a {'whole ' * self.whole}number, not {value!r}")
         if not (self._above_least(value) and self._below_most(value)):

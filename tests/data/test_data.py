@@ -1019,7 +1019,7 @@ def test_windows_of_a_corpus(load, lines):
         (10, 10, 0, "the text has 10 tokens, and a window of 10 needs 11: lower config.train.length"),
         (0, 1, 0, "the text has 0 tokens"),
         (50, 0, 0, "at least 1 token, not 0: set config.train.length"),
-        (50, 5, -1, "config.train.seed, must be at least 0, not -1"),
+        (50, 5, -1, "config.data.seed, must be at least 0, not -1"),
     ],
 )
 def test_bad_windows(tokens, length, seed, message):

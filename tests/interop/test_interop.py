@@ -409,7 +409,11 @@ def test_causality_and_padding_make_nothing_quadratic(flax):
         ({"backend": "tiled"}, {"mask": CAUSAL}, r"a mask that differs by head or query"),
         ({}, {"mask": np.ones((3, 1, 1, T))}, r"of shape \(3, 1, 1, 7\) do not go with queries of batch \(2,\)"),
         ({}, {"mask": np.ones((B, 1, 1, 3))}, r"mask must be bool .*, not bool of shape \(2, 1, 1, 3\)"),
-        ({}, {"inputs_k": X[:, :3]}, r"7 queries and 3 keys have no distances .* cross-attention Flax's own"),
+        (
+            {},
+            {"inputs_k": X[:, :3]},
+            r"positions of 7 queries and 3 keys cannot be inferred.* cross-attention needs Flax's own",
+        ),
         ({"causal": True}, {"inputs_k": X[:, :3], "mask": PADDING[..., :3]}, r"7 queries and 3 keys have no"),
         ({}, {"sow_weights": True}, r"sow_weights: attention with positions does not keep"),
         ({"backend": "tilde"}, {}, r"unknown attention backend 'tilde': did you mean 'tiled'\?"),

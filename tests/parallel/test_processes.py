@@ -207,7 +207,7 @@ def test_a_process_that_gives_no_sign_of_life_is_named(watches):
     pass_by(60, [0, 2])
     assert said == {0: [], 1: [], 2: []}
     pass_by(2, [0, 2])  # process 0 sees a sign one turn later than process 2
-    expected = "process 1 of 3 gave no sign of life for 60 s: ended, frozen, or out of reach"
+    expected = "process 1 of 3 did not respond for 60 s: ended, frozen, or out of reach"
     assert {number: set(lines) for number, lines in said.items()} == {0: {expected}, 1: set(), 2: {expected}}
 
 
@@ -216,7 +216,7 @@ def test_without_process_0_nothing_is_known_of_the_others(watches):
     pass_by(5, [0, 1, 2])
     store.answers = False
     pass_by(61, [1, 2])
-    assert [line.split(" gave")[0] for line in said[1] + said[2]] == ["process 0 of 3"] * 2
+    assert [line.split(" did not respond")[0] for line in said[1] + said[2]] == ["process 0 of 3"] * 2
 
 
 def test_a_run_that_was_frozen_as_a_whole_goes_on(watches):
@@ -274,7 +274,7 @@ def test_a_process_that_is_gone_is_one_line(signum, number):
             for process in both:
                 process.kill()
     assert both[1 - number].returncode == 2, err
-    assert err.strip() == f"error: process {number} of 2 gave no sign of life for 8 s: ended, frozen, or out of reach"
+    assert err.strip() == f"error: process {number} of 2 did not respond for 8 s: ended, frozen, or out of reach"
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_a_run_that_loses_a_process_ends_with_one_line(text_files, tmp_path, sig
             process.kill()
             process.communicate()
     assert both[1 - number].returncode == 2, err
-    line = f"error: process {number} of 2 gave no sign of life for 20 s: ended, frozen, or out of reach"
+    line = f"error: process {number} of 2 did not respond for 20 s: ended, frozen, or out of reach"
     assert err.splitlines()[-1] == line
     assert "Traceback" not in err
 

@@ -207,7 +207,7 @@ def test_none_readable_is_an_error_and_never_a_fresh_start(saved, tmp_path):
     empty(newest / "data" / "metadata")
     remove(newest.parent / "20" / checksums.NAME)
     before = everything(workdir)
-    said = r"checkpoints can be read: 40 \(data/metadata is empty\), 20 \(checksums.b2 is missing\); bring one back"
+    said = r"checkpoints can be read: 40 \(data/metadata is empty\), 20 \(checksums.b2 is missing\); restore one"
     for load in (restore, restore_params, restore):
         with pytest.raises(UserError, match=said):
             load(workdir)

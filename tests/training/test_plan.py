@@ -64,9 +64,9 @@ def test_the_table_says_whether_it_fits(planned):
     config, mesh, usage = planned
     text = plan.table(config, 257, mesh, usage, usage.total, "here", 0.5)
     assert "it fits" in text
-    assert "257 words), 16 windows of 128 tokens an update" in text
+    assert "257 words), 16 windows of 128 tokens per update" in text
     text = plan.table(config, 257, mesh, usage, usage.total - 2**20, "here", 0.5)
-    assert "IT DOES NOT FIT, by 1 MiB" in text
+    assert "does not fit: over by 1 MiB" in text
 
 
 def test_time_is_flops_over_peak(planned, monkeypatch):
@@ -76,7 +76,7 @@ def test_time_is_flops_over_peak(planned, monkeypatch):
     flops = 6 * (4 * 32 * 32 + 3 * 32 * 64 + 257 * 32) * 16 * 128 + 12 * 32 * 16 * 128 * 129 / 2
     text = plan.table(config, 257, mesh, usage, None, "here", 0.25)
     assert f"{flops:.2e}" in text
-    assert f"{flops / 5e8:.3g}  estimated, at 25% of 0.002 TFLOP/s a device (a test's)" in text
+    assert f"{flops / 5e8:.3g}  estimated, at 25% of 0.002 TFLOP/s per device (a test's)" in text
     assert f"40 updates would take {40 * flops / 5e8:.3g} s" in text
 
 
@@ -86,8 +86,8 @@ def test_advice_is_tried(planned):
     limit = round(0.88 * usage.total)
     lines = list(plan.remedies(config, 257, usage, limit))
     assert len(lines) == 2
-    assert re.match(r"--config.train.logits_chunk=1024: \d+ MiB a device, does not fit \(compiled, \d+ s\)", lines[0])
-    flags, said = re.fullmatch(r"(.*): (\d+ MiB) a device, fits \(compiled, \d+ s\)", lines[1]).groups()
+    assert re.match(r"--config.train.logits_chunk=1024: \d+ MiB per device, does not fit \(compiled, \d+ s\)", lines[0])
+    flags, said = re.fullmatch(r"(.*): (\d+ MiB) per device, fits \(compiled, \d+ s\)", lines[1]).groups()
     assert flags == "--config.train.logits_chunk=1024 --config.model.remat=block"
     again = config.copy_and_resolve_references()
     again.train.logits_chunk = 1024
@@ -212,15 +212,15 @@ def test_the_command_for_a_pod_that_is_not_there(tmp_path):
     ran = run(*config, *mesh, "--topology=v5e:2x2")
     assert ran.returncode == 0, ran.stderr
     assert "v5e:2x2: 4 x TPU v5 lite, mesh data 1 x fsdp 2 x context 1 x tensor 2" in ran.stdout
-    assert "at 40% of 197 TFLOP/s a device" in ran.stdout
+    assert "at 40% of 197 TFLOP/s per device" in ran.stdout
     assert "it fits" in ran.stdout
 
     # Logits of 2^24 tokens at once are far more than a chip holds: in chunks it fits.
     large = ["--config.train.batch_size=4096", "--config.train.length=4096", "--config.train.logits_chunk=0"]
     ran = run(*config, *mesh, *large, "--topology=v5e:2x2")
     assert ran.returncode == 0, ran.stderr
-    assert "IT DOES NOT FIT" in ran.stdout
-    assert re.search(r"train.logits_chunk=2048.*: .* a device, ", ran.stdout)
+    assert "does not fit: over by" in ran.stdout
+    assert re.search(r"train.logits_chunk=2048.*: .* per device, ", ran.stdout)
     assert not list(tmp_path.iterdir())
 
     ran = run(*config, "--topology=v5e:many")

@@ -7,6 +7,7 @@ by distance. So a text of L tokens takes the memory of its cache and of a block,
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Maps:
 
 
 def probabilities(
-    model: Decoder, layer: int, query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, start: jax.Array
+    model: Decoder, layer: int, query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, start: Any
 ) -> jax.Array:
     """The softmax of a layer's scores, [B, H, T, S] float32; 0 for keys after their query.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -92,7 +93,7 @@ def classes(maps: Maps, layer: int, head: int, threshold: float) -> np.ndarray:
     return np.where(cell[:, None] < cell, 0, np.where(highest >= threshold, 2, 1))
 
 
-def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Path, *, note: str) -> None:
+def receptive_field(rows: Sequence[Mapping[str, Any]], length: int, path: Path, *, note: str) -> None:
     """Distances that hold 50, 90 and 99% of each head's attention, a panel a model, beside windows by positions alone.
 
     Args:
@@ -103,7 +104,7 @@ def receptive_field(rows: Sequence[Mapping[str, object]], length: int, path: Pat
         1, len(names), figsize=(3.9 * len(names) + 0.5, 4.4), dpi=120, layout="constrained", sharey=True, squeeze=False
     )
 
-    def draw(axes, place: float, row: Mapping[str, object], color: str, filled: bool) -> None:
+    def draw(axes, place: float, row: Mapping[str, Any], color: str, filled: bool) -> None:
         # t = 0 has a place on the log axis too.
         values = [row[key] + 1 for key in DISTANCES if row[key] != ""]
         axes.plot([place] * len(values), values, color=color, lw=1, alpha=0.6, zorder=1)
@@ -218,7 +219,7 @@ def rope_matrices(path: Path, m: int = 20, d: int = 16) -> None:
         (rope, "RoPE, Eq. (6) and (17)"),
         (wavelet, "wavelets evaluated, Eq. (8)"),
         (None, f"|difference|, at most {difference.max():.0e}"),
-        (rope_as_wavelet.dft_matrix(d).real * np.sqrt(d), "Fourier transform, real part"),
+        (np.real(rope_as_wavelet.dft_matrix(d)) * np.sqrt(d), "Fourier transform, real part"),
     )
     for axes, (matrix, title) in zip(grid, panels, strict=True):
         if matrix is None:

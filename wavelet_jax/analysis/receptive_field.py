@@ -6,6 +6,7 @@ text's last target comes from the tokens within a distance, through all layers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ DISTANCES = tuple(f"distance_{share:.0%}".removesuffix("%") for share in windows
 COLUMNS = ("method", "kind", "layer", "head", "scale", "slope", *DISTANCES, "support")
 
 
-def rows(label: str, method: PositionMethod, maps: Maps) -> list[dict[str, object]]:
+def rows(label: str, method: PositionMethod, maps: Maps) -> list[dict[str, Any]]:
     """The lines of receptive_field.csv of one model: what was measured, then its windows by positions alone.
 
     ALiBi's windows are those of the keys that the last query sees.

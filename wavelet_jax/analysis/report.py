@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def analyse(
     out: Path,
     data_root: Path | None = None,
 ) -> list[Path]:
-    """Everything that the command says of runs.
+    """Writes the attention maps, receptive fields and gradients of runs.
 
     Args:
       workdirs: directories of runs that read the same corpus with the same tokenizer.
@@ -74,12 +75,7 @@ def analyse(
     """
     configs = evaluate.load_configs(workdirs, data_root)
     directory.check_folder(out)
-    directory.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
-    for threshold in thresholds:
-        if not 0 < threshold < 1:
-            raise UserError(f"--threshold {threshold:g} must be a probability, between 0 and 1")
-    if labels and length > LABELLED:
-        raise UserError(f"--labels needs a --length of at most {LABELLED}, not {length}")
+    _check_options(length, thresholds, labels, texts, pixels)
     layers = _chosen("layers", layers, [config.model.num_layers for config in configs])
     heads = _chosen("heads", heads, [config.model.num_heads for config in configs])
     # Also lengths past a learned table or the text, and runs that do not compare.
@@ -95,27 +91,22 @@ def analyse(
     ]
     first_counted = length // 2  # each counted query then has at least half of the text before it
     starts = receptive_field.texts(len(corpus.validation), length, texts) if texts else []
-    maps, rows, gradients, steps = {}, [], {}, {}
+    maps, rows, gradients, updates = {}, [], {}, {}
     for job in jobs:
-        params, steps[job.label] = checkpoint.restore_params(
+        params, updates[job.label] = checkpoint.restore_params(
             job.workdir, job.abstract_params, fingerprint=corpus.fingerprint
         )
-        program = job.program
-        print(
-            f"{job.label}: {length:,} tokens, {len(program.blocks)} blocks of {program.blocks[0][1]:,} queries, "
-            f"at least {memory.shown(program.bytes)} of the {memory.shown(memory.available()[0])} of "
-            f"{memory.available()[1]}",  # an allocator holds more than a program's arrays
-            file=sys.stderr,
-        )
+        _print_forecast(job, length)
         # After a block, the bar's estimate of what remains is good: all blocks meet all keys, seen or hidden.
         with _bar(length, f"{job.label} at {length:,}: maps", "token") as bar:
             text = corpus.validation[:length]
             maps[job.label] = attention_maps.measure(
-                program, params, text, first_counted=first_counted, done=bar.update
+                job.program, params, text, first_counted=first_counted, done=bar.update
             )
         rows += receptive_field.rows(job.label, make_position(job.config), maps[job.label])
         if starts:
             with _bar(len(starts), f"{job.label} at {length:,}: gradients", "text") as bar:
+                assert job.gradient is not None
                 gradient = functools.partial(job.gradient, params)
                 gradients[job.label] = receptive_field.cumulative_gradient(
                     gradient, corpus.validation, length, starts, done=bar.update
@@ -132,7 +123,7 @@ def analyse(
         "tokenizer": corpus.tokenizer.name,
         "corpus": corpus.fingerprint,
         "runs": {name: str(workdir) for name, workdir in zip(names, workdirs, strict=True)},
-        "updates": steps,
+        "updates": updates,
         "train_lengths": {job.label: job.config.train.length for job in jobs},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -146,7 +137,25 @@ def analyse(
     return written
 
 
-def table(rows: Sequence[dict[str, object]], stamp: dict[str, object]) -> str:
+def _check_options(length: int, thresholds: Sequence[float], labels: bool, texts: int, pixels: int) -> None:
+    directory.check_least({"--length": (length, 2), "--texts": (texts, 0), "--pixels": (pixels, 16)})
+    for threshold in thresholds:
+        if not 0 < threshold < 1:
+            raise UserError(f"--threshold {threshold:g} must be a probability, between 0 and 1")
+    if labels and length > LABELLED:
+        raise UserError(f"--labels needs a --length of at most {LABELLED}, not {length}")
+
+
+def _print_forecast(job: Job, length: int) -> None:
+    program, (limit, owner) = job.program, memory.available()
+    print(
+        f"{job.label}: {length:,} tokens, {len(program.blocks)} blocks of {program.blocks[0][1]:,} queries, "
+        f"at least {memory.shown(program.bytes)} of the {memory.shown(limit)} of {owner}",  # allocators hold more
+        file=sys.stderr,
+    )
+
+
+def table(rows: Sequence[dict[str, Any]], stamp: dict[str, Any]) -> str:
     """Measured distances by model, layer and head, as text."""
     names = max(24, *(len(row["method"]) + 1 for row in rows))
     lines = [
@@ -221,14 +230,16 @@ def _bar(total: int, title: str, unit: str) -> tqdm:
 def _token_labels(corpus: Corpus, length: int) -> list[str]:
     """The text of each token, with white space made visible."""
     visible = str.maketrans({" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"})
-    return [corpus.tokenizer.decode([token]).translate(visible) for token in corpus.validation[:length].tolist()]
+    return [
+        corpus.tokenizer.decode(np.array([token])).translate(visible) for token in corpus.validation[:length].tolist()
+    ]
 
 
 def _write(
     maps: dict[str, attention_maps.Maps],
-    rows: Sequence[dict[str, object]],
+    rows: Sequence[dict[str, Any]],
     gradients: dict[str, np.ndarray],
-    stamp: dict[str, object],
+    stamp: dict[str, Any],
     tokens: Sequence[str] | None,
     out: Path,
 ) -> tuple[list[Path], list[str]]:
@@ -254,9 +265,9 @@ def _write_csv(path: Path, columns: Iterable[str], lines: Iterable[Iterable[obje
 
 def _pictures(
     maps: dict[str, attention_maps.Maps],
-    rows: Sequence[dict[str, object]],
+    rows: Sequence[dict[str, Any]],
     gradients: dict[str, np.ndarray],
-    stamp: dict[str, object],
+    stamp: dict[str, Any],
     tokens: Sequence[str] | None,
 ) -> dict[str, Callable[[Path], None]]:
     """By the file's name, what draws a picture of the analysis."""

@@ -4,6 +4,7 @@ import jax
 
 from wavelet_jax.attention.arguments import canonical
 from wavelet_jax.attention.choose import BACKENDS, choose
+from wavelet_jax.attention.common import Array
 from wavelet_jax.positions.terms import Terms
 
 
@@ -14,9 +15,9 @@ def attention(
     terms: Terms,
     *,
     causal: bool = True,
-    query_positions: jax.Array | None = None,
-    key_positions: jax.Array | None = None,
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    query_positions: Array | int | None = None,
+    key_positions: Array | int | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
     window: int | None = None,
     mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
@@ -83,6 +84,8 @@ def attention(
     )
     chosen = BACKENDS[choose(backend, call, batch=query.shape[0])]
     if terms.rotate is not None:
+        assert call.query_positions is not None
+        assert call.key_positions is not None
         with jax.named_scope("rotate"):
             query, key = terms.rotate(query, call.query_positions), terms.rotate(key, call.key_positions)
     return chosen.attend(query, key, value, call)

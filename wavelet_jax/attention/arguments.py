@@ -26,9 +26,9 @@ def canonical(
     terms: Terms,
     *,
     causal: bool,
-    query_positions: jax.Array | int | None,
-    key_positions: jax.Array | int | None,
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None,
+    query_positions: common.Array | int | None,
+    key_positions: common.Array | int | None,
+    segment_ids: common.Array | tuple[common.Array, common.Array] | None,
     window: int | None,
     mask: jax.Array | None,
     dropout_rate: float,
@@ -48,12 +48,11 @@ def canonical(
     query_positions, query_start, key_positions, key_start = positions_of(
         query_positions, key_positions, batch, num_queries, num_keys
     )
-    segment_ids = segments_of(segment_ids, batch, num_queries, num_keys)
+    segments = segments_of(segment_ids, batch, num_queries, num_keys)
     if mask is not None:
         mask = mask_of(mask, (batch, num_heads, num_queries, num_keys))
         if mask.shape[1:3] == (1, 1):
-            segment_ids, mask = hide(mask[:, 0, 0], segment_ids, (batch, num_queries, num_keys)), None
-    consecutive = query_start is not None and key_start is not None
+            segments, mask = hide(mask[:, 0, 0], segments, (batch, num_queries, num_keys)), None
     call = Call(
         terms=terms,
         queries=num_queries,
@@ -62,12 +61,12 @@ def canonical(
         kv_heads=num_kv_heads,
         head_dim=head_dim,
         dtype=query.dtype,
-        offset=query_start - key_start if consecutive else None,
+        offset=None if query_start is None or key_start is None else query_start - key_start,
         causal=causal,
         window=window,
         query_positions=query_positions,
         key_positions=key_positions,
-        segment_ids=segment_ids,
+        segment_ids=segments,
         mask=mask,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
@@ -167,10 +166,10 @@ def tolerance_of(tolerance: float | None) -> float | None:
     """far_tolerance as a Python float, or None."""
     if tolerance is None:
         return None
-    tolerance = _number("far_tolerance", tolerance, "a number above 0")
-    if not 0 < tolerance < math.inf:
-        raise UserError(f"far_tolerance must be a number above 0, not {tolerance!r}")
-    return float(tolerance)
+    number = _number("far_tolerance", tolerance, "a number above 0")
+    if not 0 < number < math.inf:
+        raise UserError(f"far_tolerance must be a number above 0, not {number!r}")
+    return float(number)
 
 
 def _number(name: str, value: Any, allowed: str) -> Any:
@@ -200,10 +199,9 @@ def positions_of(
         )
     query, query_start = _positions("query_positions", query, batch, num_queries)
     key, key_start = _positions("key_positions", key, batch, num_keys)
-    ranges = _range(query, query_start), _range(key, key_start)
-    if None not in ranges:
-        (query_low, query_high), (key_low, key_high) = ranges
-        check_range("distances (query_positions - key_positions)", query_low - key_high, query_high - key_low)
+    queries, keys = _range(query, query_start), _range(key, key_start)
+    if queries is not None and keys is not None:
+        check_range("distances (query_positions - key_positions)", queries[0] - keys[1], queries[1] - keys[0])
     return _array(query, query_start), query_start, _array(key, key_start), key_start
 
 
@@ -253,8 +251,8 @@ def _array(positions: Any, start: int | jax.Array | None) -> jax.Array:
 
 
 def segments_of(
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None, batch: int, num_queries: int, num_keys: int
-) -> tuple[jax.Array, jax.Array] | None:
+    segment_ids: common.Array | tuple[common.Array, common.Array] | None, batch: int, num_queries: int, num_keys: int
+) -> tuple[common.Array, common.Array] | None:
     """The pair of segment ids of queries [B, T] and keys [B, S], int32."""
     if segment_ids is None:
         return None
@@ -269,7 +267,8 @@ def segments_of(
             f"segment_ids must be [B, T] = ({batch}, {num_queries}) with T = S, or a pair of that and "
             f"[B, S] = ({batch}, {num_keys}), not {' and '.join(map(str, shapes))}"
         )
-    return tuple(as_int32("segment_ids", ids) for ids in pair)
+    query_ids, key_ids = (as_int32("segment_ids", ids) for ids in pair)
+    return query_ids, key_ids
 
 
 def mask_of(mask: jax.Array, scores: tuple[int, int, int, int]) -> jax.Array:
@@ -286,7 +285,7 @@ def mask_of(mask: jax.Array, scores: tuple[int, int, int, int]) -> jax.Array:
 
 
 def hide(
-    kept: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None, sizes: tuple[int, int, int]
+    kept: jax.Array, segment_ids: tuple[common.Array, common.Array] | None, sizes: tuple[int, int, int]
 ) -> tuple[jax.Array, jax.Array]:
     """Segment ids ([B, T], [B, S]) by which no query sees a key where `kept`, [B or 1, S or 1], is False."""
     batch, num_queries, num_keys = sizes
@@ -298,6 +297,6 @@ def hide(
     return query_segments, jnp.where(kept, key_segments, jnp.max(query_segments, initial=0) + 1)
 
 
-def _check_is_array(name: str, array: jax.Array, what: str = "") -> None:
+def _check_is_array(name: str, array: Any, what: str = "") -> None:
     if not isinstance(array, jax.Array | np.ndarray | np.generic):
         raise UserError(f"{name} must be an array{f' of {what}' if what else ''}, not {shown(array)}")

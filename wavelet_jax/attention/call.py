@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from wavelet_jax.attention.common import Array
 from wavelet_jax.errors import UserError
 from wavelet_jax.hardware import devices
 from wavelet_jax.positions.terms import Terms
@@ -46,7 +47,7 @@ class Call:
     window: int | None = None
     query_positions: jax.Array | None = None
     key_positions: jax.Array | None = None
-    segment_ids: tuple[jax.Array, jax.Array] | None = None
+    segment_ids: tuple[Array, Array] | None = None
     mask: jax.Array | None = None
     dropout_rate: float = 0.0
     dropout_key: jax.Array | None = None
@@ -63,11 +64,11 @@ class Call:
     @property
     def clamped_offset(self) -> int | jax.Array:
         """The offset, where causal no further below 0 than hides all keys: keeps int32 sums from wrapping."""
+        offset = self.offset
+        assert offset is not None, "not a call for a backend of tiles"
         if not self.causal:
-            return self.offset
-        if isinstance(self.offset, jax.Array):
-            return jnp.maximum(self.offset, -self.queries)
-        return max(self.offset, -self.queries)
+            return offset
+        return jnp.maximum(offset, -self.queries) if isinstance(offset, jax.Array) else max(offset, -self.queries)
 
 
 def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
@@ -88,7 +89,7 @@ def check_heads(terms: Terms, num_heads: int, head_dim: int) -> None:
         ("num_heads", {x.shape[0] for x in with_heads} | {terms.num_heads}, num_heads),
         ("head_dim", {x.shape[-1] for x in with_dimensions} | {terms.head_dim}, head_dim),
     ):
-        if other := made - {have, None}:
+        if other := {size for size in made if size is not None} - {have}:
             raise UserError(f"the position method was made for {size}={min(other)}, the queries have {have}")
 
 

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 
 from wavelet_jax.positions.terms import Terms
 
+Array = jax.Array | np.ndarray  # constants are NumPy's
+
 
 def in_auto_mode(function: Callable[..., jax.Array], query: jax.Array, *others) -> jax.Array:
     """`function(query, *others)` with XLA dividing the work, also where the caller's mesh has Explicit axes.
@@ -119,7 +121,7 @@ def softmax(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
     return weights / jnp.where(total > 0, total, 1)
 
 
-def split_heads(array: jax.Array | np.ndarray, with_heads: int, num_kv_heads: int) -> jax.Array:
+def split_heads(array: Array, with_heads: int, num_kv_heads: int) -> jax.Array:
     """[H, ..] -> [K, G, ..] for arrays of `with_heads` axes; others serve all heads and stay as they are."""
     if array.ndim != with_heads:
         return jnp.asarray(array)
@@ -140,7 +142,7 @@ def with_biases(
     return content, plus_bias(query_BxTxHxD, position_bias)
 
 
-def einsum(letters: str, x: jax.Array, y: jax.Array, precision: str | None = None) -> jax.Array:
+def einsum(letters: str, x: Array, y: Array, precision: str | None = None) -> jax.Array:
     """A product accumulated in float32, whatever the types of its operands; they are taken in the wider of both."""
     dtype = _wider(x, y)
     return jnp.einsum(
@@ -156,7 +158,7 @@ def plus_bias(x_BxTxHxD: jax.Array, bias_HxD: jax.Array | None) -> jax.Array:
     return x_BxTxHxD.astype(dtype) + bias_HxD.astype(dtype)[None, None]
 
 
-def _wider(x: jax.Array, y: jax.Array) -> jnp.dtype:
+def _wider(x: Array, y: Array) -> jnp.dtype:
     """The type in which both fit, by JAX's own rules, also where the caller has those rules forbidden."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(x.dtype, y.dtype)

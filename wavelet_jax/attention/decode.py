@@ -80,11 +80,8 @@ def _prepare(call: Call) -> tuple[common.Added, _Band | None, jax.Array, int | N
     `relative_keys` are in the band if there is one, and otherwise among what is added.
     """
     T, S, window = call.queries, call.keys, call.window
-    if (
-        window is not None
-        and not isinstance(call.offset, jax.Array)
-        and max(call.offset + T, S - call.offset) <= window
-    ):
+    known = call.offset
+    if window is not None and isinstance(known, int) and max(known + T, S - known) <= window:
         window = None
     offset = jnp.asarray(call.clamped_offset, jnp.int32)
     band = _near(call.terms, T + S, call.causal, call.tolerance)
@@ -100,7 +97,7 @@ def _weights(
     offset: jax.Array,
     causal: bool,
     window: int | None,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: tuple[common.Array, common.Array] | None,
 ) -> jax.Array:
     """The softmax weights, [B, K, G, T, S] float32."""
     (batch, T, H, D), (_, S, K, _) = query_BxTxHxD.shape, key_BxSxKxD.shape
@@ -131,7 +128,7 @@ def _weights(
         return common.softmax(scores_BxKxGxTxS, _visible(T, S, offset, causal, window, segment_ids))
 
 
-def _by_kv_head(table: jax.Array, with_heads: int, num_kv_heads: int) -> tuple[jax.Array, str]:
+def _by_kv_head(table: common.Array, with_heads: int, num_kv_heads: int) -> tuple[jax.Array, str]:
     """[K, G, ..] or [..], and the einsum letters of its heads."""
     return split_heads(table, with_heads, num_kv_heads), "kg" if table.ndim == with_heads else ""
 
@@ -165,7 +162,9 @@ def _near(terms: Terms, length: int, causal: bool, tolerance: float) -> _Band | 
     # The near form of a tile of one row, with all of the support in its local band.
     after = None if causal else -lowest
     cut = factors.Cut(span=(lowest, highest), rows=1, block=1, before=highest, after=after, keys=1, tolerance=tolerance)
-    return _Band(factors.factor(table, reach, cut).near, highest)
+    near = factors.factor(table, reach, cut).near
+    assert near is not None, "without far tiles there is a near form"
+    return _Band(near, highest)
 
 
 def _add_band(scores: jax.Array, band: jax.Array, first: int, offset: jax.Array) -> jax.Array:

@@ -33,10 +33,17 @@ def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.
         visible = _visible(distance, call.causal, call.window, segment_ids, mask)
         return _attend(query, key, value, added, visible, distance.ndim == 3, call.dropout_rate, dropout_key)
 
-    distance = call.query_positions[..., :, None] - call.key_positions[..., None, :]  # [T, S] or [B, T, S]
+    query_positions, key_positions = _positions(call)
+    distance = query_positions[..., :, None] - key_positions[..., None, :]  # [T, S] or [B, T, S]
     added = common.evaluate(call.terms, distance)
     arrays = query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, distance, call.segment_ids, call.mask, call.dropout_key
     return common.in_auto_mode(compute, *arrays)
+
+
+def _positions(call: Call) -> tuple[jax.Array, jax.Array]:
+    assert call.query_positions is not None
+    assert call.key_positions is not None
+    return call.query_positions, call.key_positions
 
 
 def _visible(distance: jax.Array, causal: bool, window: int | None, segment_ids, mask) -> jax.Array | None:
@@ -82,6 +89,7 @@ def _attend(
     with jax.named_scope("softmax"):
         weights = common.softmax(scores_BxHxTxS, visible)
         if dropout_rate > 0:
+            assert dropout_key is not None
             kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
             weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
 
@@ -95,7 +103,7 @@ def _attend(
 def array_shapes(call: Call, batch: int) -> list[tuple[int, ...]]:
     """Shapes of the float32 arrays of queries x keys that `attend` makes: scores, weights, and the terms' own."""
     scores = (batch, call.heads, call.queries, call.keys)
-    by_batch = max(call.query_positions.ndim, call.key_positions.ndim) == 2
+    by_batch = max(positions.ndim for positions in _positions(call)) == 2
     distance = jax.ShapeDtypeStruct(scores[:1] * by_batch + scores[2:], jnp.int32)
     functions = (call.terms.relative_keys, call.terms.bias, call.terms.relative_values)
     return [scores, scores, *(jax.eval_shape(function, distance).shape for function in functions if function)]

@@ -12,6 +12,7 @@ In names: n devices along the length, T = 2 n C tokens in 2 n runs of C; B, H an
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,13 +101,13 @@ def attention(
     constant = shards == 1 and not isinstance(positions, Tracer)
     options = {"causal": causal, "window": window, "backend": backend}
 
-    def on_device(params, query, key, value, given_positions, segments) -> jax.Array:
+    def on_device(params, query, key, value, given_positions: Any, segments) -> jax.Array:
         terms = terms_of(params)
         check_terms(terms, query_BxTxHxD.shape)  # of all devices, before a device takes its own
         if head_axis is not None and mesh.shape[head_axis] > 1:
             terms = _of_heads(terms, lax.axis_index(head_axis) * query.shape[2], query.shape[2])
-        own = positions if constant else given_positions
-        if shards == 1:
+        own: Any = positions if constant else given_positions
+        if length_axis is None or shards == 1:
             return attention_of_one(
                 query, key, value, terms, query_positions=own, key_positions=own, segment_ids=segments, **options
             )
@@ -168,7 +169,7 @@ def _over_length(
                 terms,
                 query_positions=query_positions,
                 key_positions=key_positions,
-                segment_ids=None if segments is None else (query_segments, key_segments),
+                segment_ids=None if key_segments is None else (query_segments, key_segments),
                 **options,
             )
 
@@ -213,13 +214,14 @@ def _of_heads(terms: Terms, first: jax.Array, heads: int) -> Terms:
 
         return function and of_heads
 
+    bias = terms.bias
     return dataclasses.replace(
         terms,
         relative_keys=vectors(terms.relative_keys),
         relative_values=vectors(terms.relative_values),
         content_bias=take(terms.content_bias),
         position_bias=take(terms.position_bias),
-        bias=terms.bias and (lambda distance: take(terms.bias(distance))),
+        bias=bias and (lambda distance: take(bias(distance))),
         num_heads=heads,
     )
 

@@ -118,7 +118,7 @@ def _check_config_flag(name: str, argv: Sequence[str]) -> None:
             negated, key, value = match.groups()
             following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
             settings.append((key, value, argument, following, negated))
-    config = load_config(flags.FLAGS[name].default if given is None else given)
+    config = load_config(str(flags.FLAGS[name].default) if given is None else given)
     for key, value, argument, following, negated in settings:
         check_key(config, key, value, name)
         if type(flatten(config)[key]) is bool:

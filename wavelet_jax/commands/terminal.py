@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import sys
+from typing import Any
 
 from absl import logging as absl_logging
 
@@ -93,7 +94,7 @@ def _text(before: io.TextIOWrapper | None, raw: _Forgiving) -> io.TextIOWrapper:
 
     Characters that the encoding lacks, of a name in a table under LANG=C, are written as escapes.
     """
-    flushed = {"line_buffering": True}
+    flushed: dict[str, Any] = {"line_buffering": True}
     if before is not None:
         with contextlib.suppress(OSError):
             before.flush()

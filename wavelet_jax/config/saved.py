@@ -6,7 +6,7 @@ when it is read. Values that are there must be of their types.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
@@ -40,7 +40,7 @@ TYPES: dict[str, Any] = {
 def types(method: object) -> dict[str, Any]:
     """`TYPES`, and those of the options of a position method; of none where there is no such method."""
     known = isinstance(method, str) and method in positions.METHODS
-    options = positions.config(method) if known else {"method": ""}
+    options = positions.config(str(method)) if known else {"method": ""}
     own = {
         f"position.{option}": _NUMBERS if isinstance(value, tuple) else type(value) for option, value in options.items()
     }
@@ -135,7 +135,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) is kind
     if kind is _NUMBERS and isinstance(value, list) and value and all(isinstance(each, list) for each in value):
         return all(_fits(each, kind) for each in value)
-    return isinstance(value, list) and all(_fits(each, kind.__args__[0]) for each in value)
+    return isinstance(value, list) and all(_fits(each, get_args(kind)[0]) for each in value)
 
 
 def _is_plain(value: Any, depth: int = 2) -> bool:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +237,7 @@ def _write(config, folder: Path, files: dict[str, list[str]], sha256: Callable[[
 
 def _encoded(
     config, tokenizer: tokenizers.Tokenizer, documents: Iterable[tuple[str, str]]
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Generator[tuple[str, np.ndarray], None, None]:
     """(split, ids) of every (split, document), in their order, encoded on `config.data.threads` threads.
 
     BPE and SentencePiece leave Python's lock while they work; bytes and words hold it, and gain only that of reading.
@@ -316,12 +316,13 @@ def _open(config, folder: Path, sha256: Callable[[str | Path], str]) -> Corpus |
         if _fingerprint(folder, str(meta["dtype"]), sha256) != meta["fingerprint"]:
             raise ValueError("its files are not those that were written")
         tokenizer = tokenizers.restore(config, (folder / "tokenizer.json").read_text(encoding="utf-8"))
-        streams = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "validation"))
-        ends = (np.memmap(folder / f"{split}.ends", "<i8", "r") for split in ("train", "validation"))
+        splits = "train", "validation"
+        train, validation = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in splits)
+        ends = [np.memmap(folder / f"{split}.ends", "<i8", "r") for split in splits]
         for note in meta.get("notes", []):  # corpora of earlier versions have none
             if processes.is_first():
                 _warn_once(note)
-        return Corpus(*streams, tokenizer, tokenizer.unit, meta["fingerprint"], *ends)
+        return Corpus(train, validation, tokenizer, tokenizer.unit, meta["fingerprint"], *ends)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.warning("the token cache %s is damaged (%s): it is built again", folder, error)
         return None

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -110,7 +111,7 @@ def _named(config, reading: Iterator[tuple[str, int]]) -> Iterator[tuple[str, in
         yield text
 
 
-def _open(config):
+def _open(config) -> Any:
     """The prepared data set, a read-only `tfds.core.DatasetBuilder`."""
     import tensorflow_datasets as tfds
 
@@ -119,8 +120,9 @@ def _open(config):
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # a damaged description fails in many ways, and none of them is documented
         raise UserError(f"{folder} cannot be opened as a TFDS data set: {error}".splitlines()[0]) from error
-    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        made_as = builder.info.file_format.value
+    file_format: Any = builder.info.file_format
+    if file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        made_as = file_format.value
         raise UserError(f"{folder} is prepared as {made_as}, not as array_record: remove it, then {_command(config)}")
     return builder
 
@@ -168,6 +170,7 @@ def _command(config) -> str:
     """The command that prepares the data set, for the user: it may take hours, a license, TensorFlow or Beam."""
     name = config.data.source.removeprefix(PREFIX)
     match = _NAME.fullmatch(name)
+    assert match is not None, "checked before"
     if match["name"] in OWN:
         return (
             f"prepare it once with: python -m wavelet_jax.data.{match['name']} --name={match['config']} "

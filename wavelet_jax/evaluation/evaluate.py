@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ class Curve:
     positions: np.ndarray  # [M] int32
     ci_loss: tuple[float, float]  # 95% interval of the mean loss
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> dict[str, Any]:
         """The line of extrapolation.csv; ci_low and ci_high bound the perplexity."""
         loss = float(self.losses.mean(dtype=np.float64))
         with np.errstate(over="ignore"):  # inf is right for a model that has diverged
@@ -118,24 +119,7 @@ def evaluate(
     if processes.is_first():
         print(forecast.table(jobs, text.num_targets), file=sys.stderr)
 
-    curves = []
-    for job in jobs:
-        config = job.config
-        params, step = job.load()
-        for length in lengths:
-            losses_of = functools.partial(job.program(length).losses, params)
-            with forecast.progress(job, length, f"{job.label} (update {step:,}) at {length:,}") as done:
-                losses, positions = score(
-                    functools.partial(losses_of, done=done),
-                    text.tokens,
-                    blocks_of[job.workdir, length],
-                    batch_tokens=config.eval.batch_tokens,
-                )
-            interval = bootstrap_interval(
-                losses, unit, resamples=config.eval.resamples, seed=config.eval.bootstrap_seed
-            )
-            moved = strides[job.workdir, length]
-            curves.append(Curve(job.label, protocol, config.train.length, length, moved, losses, positions, interval))
+    curves = [curve for job in jobs for curve in _curves(job, text, protocol, strides, blocks_of, unit)]
     stretches = f"{text.num_targets // unit} stretches of {unit} tokens"
     stamp = {
         "protocol": protocol,
@@ -159,6 +143,31 @@ def evaluate(
     return curves
 
 
+def _curves(
+    job: forecast.Job,
+    text: ScoredText,
+    protocol: str,
+    strides: Mapping[tuple[Path, int], int],
+    blocks_of: Mapping[tuple[Path, int], list[Block]],
+    unit: int,
+) -> Iterator[Curve]:
+    """Scores the text by one run, at every length of the job; `unit`: tokens of a stretch that is resampled."""
+    settings = job.config.eval
+    params, step = job.load()
+    for length in job.work:
+        losses_of = functools.partial(job.program(length).losses, params)
+        with forecast.progress(job, length, f"{job.label} (update {step:,}) at {length:,}") as done:
+            losses, positions = score(
+                functools.partial(losses_of, done=done),
+                text.tokens,
+                blocks_of[job.workdir, length],
+                batch_tokens=settings.batch_tokens,
+            )
+        interval = bootstrap_interval(losses, unit, resamples=settings.resamples, seed=settings.bootstrap_seed)
+        stride = strides[job.workdir, length]
+        yield Curve(job.label, protocol, job.config.train.length, length, stride, losses, positions, interval)
+
+
 def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[ConfigDict]:
     """The configs of runs, to be evaluated. Keys that this version does not have are named in a warning.
 
@@ -167,7 +176,7 @@ def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[Confi
     Raises:
       UserError: a config is not there or damaged; a file of its text is not there, and what to do about it.
     """
-    configs = [directory.load_config(workdir) for workdir in workdirs]
+    configs: list[ConfigDict] = [directory.load_config(workdir) for workdir in workdirs]
     for config, workdir in zip(configs, workdirs, strict=True):
         if data_root is not None:
             config.data.folder = str(data_root.absolute())
@@ -185,12 +194,12 @@ def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[Confi
     return configs
 
 
-def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> list[str]:
+def write(curves: Sequence[Curve], stamp: dict[str, Any], out: Path) -> list[str]:
     """Writes `WRITTEN` into `out`; see `results.write` for what is returned."""
 
     def numbers(path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(curve.row() for curve in curves)
 
@@ -214,7 +223,7 @@ def write(curves: Sequence[Curve], stamp: dict[str, object], out: Path) -> list[
     )
 
 
-def table(curves: Sequence[Curve], stamp: dict[str, object]) -> str:
+def table(curves: Sequence[Curve], stamp: dict[str, Any]) -> str:
     """Perplexity by method and length with its interval, as text."""
     lengths = sorted({curve.length for curve in curves})
     names = max(24, *(len(curve.method) + 1 for curve in curves))

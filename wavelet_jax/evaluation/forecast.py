@@ -75,6 +75,7 @@ class Job:
         """Expected of a length, once its program is compiled."""
         work = self.work[length]
         ranges = prefill.chunks(work.length, prefill.chunk_of(self.config, work.length))
+        assert self.pace is not None, "not timed"
         return work.batches * sum(self.pace.seconds(*each, work.batch_size) for each in ranges)
 
     def seconds(self) -> float:
@@ -129,9 +130,10 @@ def timed(job: Job) -> Job:
 
 
 @contextlib.contextmanager
-def progress(job: Job, length: int, title: str) -> Iterator[Callable[[int, int], None]]:
+def progress(job: Job, length: int, title: str) -> Iterator[Callable[[int, int], object]]:
     """A bar of the expected time; yields `done(start, stop)`, to be called as `Program.losses` does."""
-    batch_size = job.work[length].batch_size
+    batch_size, pace = job.work[length].batch_size, job.pace
+    assert pace is not None, "not timed"
     with tqdm(
         total=job.scoring_seconds(length),
         desc=title,
@@ -142,7 +144,7 @@ def progress(job: Job, length: int, title: str) -> Iterator[Callable[[int, int],
         mininterval=directory.PROGRESS_INTERVAL,
         miniters=0,  # one chunk may take longer than many before it
     ) as bar:
-        yield lambda start, stop: bar.update(job.pace.seconds(start, stop, batch_size))
+        yield lambda start, stop: bar.update(pace.seconds(start, stop, batch_size))
 
 
 def table(jobs: Sequence[Job], num_targets: int) -> str:

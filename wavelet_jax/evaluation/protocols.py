@@ -70,7 +70,7 @@ def batch_shape(blocks: Sequence[Block], batch_tokens: int) -> tuple[int, int]:
 
 
 def score(
-    losses_of: Callable[[np.ndarray], jax.Array],
+    losses_of: Callable[[np.ndarray], jax.Array | np.ndarray],
     tokens: np.ndarray,
     blocks: Sequence[Block],
     *,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.ticker import StrMethodFormatter
@@ -9,7 +10,7 @@ from matplotlib.ticker import StrMethodFormatter
 from wavelet_jax.figures import style
 
 
-def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
+def extrapolation(curves: Sequence, stamp: dict[str, Any], path: Path) -> None:
     """Perplexity against evaluation length, one line per method with its interval, training lengths marked."""
     figure, axes = style.new_figure()
     for i, method in enumerate(_methods(curves)):
@@ -31,7 +32,7 @@ def extrapolation(curves: Sequence, stamp: dict[str, object], path: Path) -> Non
     _finish(figure, axes, stamp, path)
 
 
-def loss_by_position(curves: Sequence, stamp: dict[str, object], path: Path) -> None:
+def loss_by_position(curves: Sequence, stamp: dict[str, Any], path: Path) -> None:
     """Mean loss against position in the block at the longest length, in bins of equal width on the log axis.
 
     It tells extrapolation from the early-token penalty: at any length the first tokens of a block have little context,
@@ -99,7 +100,7 @@ def _mark_training_lengths(axes, curves: Sequence) -> None:
     axes.plot([], [], color="0.4", ls="--", lw=1, label=f"training length ({label})")
 
 
-def _finish(figure, axes, stamp: dict[str, object], path: Path) -> None:
+def _finish(figure, axes, stamp: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     stride = ", ".join(f"{stride:,}" for stride in stamp["stride"])

@@ -8,7 +8,7 @@ from wavelet_jax.files import atomic
 
 
 def write(
-    out: Path, numbers: Mapping[str, Callable[[Path], None]], pictures: Mapping[str, Callable[[Path], None]]
+    out: Path, numbers: Mapping[str, Callable[[Path], object]], pictures: Mapping[str, Callable[[Path], object]]
 ) -> list[str]:
     """Writes files into `out`, all at once.
 

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import jax
 
@@ -131,7 +132,7 @@ def _devices_say() -> bool:
 
 def needed(program: jax.stages.Compiled) -> int:
     """Bytes of the arguments, results and temporary arrays of a program, on all devices of this process together."""
-    analysis = program.memory_analysis()
+    analysis: Any = program.memory_analysis()
     kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return (kept + analysis.temp_size_in_bytes) * jax.local_device_count()
 

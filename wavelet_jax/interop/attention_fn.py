@@ -5,6 +5,7 @@ masks. What the one cannot say to the other is refused here, never guessed.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.core import Tracer
 
 from wavelet_jax.attention import attention
 from wavelet_jax.attention.arguments import dropout_of
+from wavelet_jax.attention.common import Array
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Params, PositionMethod, Terms
 
@@ -27,7 +29,7 @@ def attend(
     causal: bool,
     window: int | None,
     backend: str,
-    mask: jax.Array | None,
+    mask: Any,
     input_positions: jax.Array | None,
     dropout_rate: float,
     dropout_key: jax.Array | None,
@@ -77,30 +79,9 @@ def attend(
                 "backend='reference' (memory quadratic in length), or say it by its causal and window, and a padding "
                 "mask [batch.., 1, 1, S]"
             )
-    query_positions = key_positions = None
-    if input_positions is not None:
-        if not isinstance(input_positions, Tracer):
-            # NumPy stays a constant under jit, so that attention() sees whether positions are consecutive.
-            input_positions = np.asarray(input_positions)
-        elif num_queries > 1 and backend == "auto":
-            raise UserError(
-                "input_positions that are traced may have gaps, which needs the full score matrix: give NumPy ones, or "
-                "PositionAttention backend='reference' (memory quadratic in length)"
-            )
-        query_positions = _one_batch_axis(input_positions, batch, 1)
-        if len(query_positions) == 1:  # the same for all rows
-            query_positions = query_positions[0]
-        if query_positions.shape == (1,) == (num_queries,):  # also a traced one is consecutive
-            query_positions = query_positions[0]
-        key_positions = query_positions if num_queries == num_keys else 0
-    elif num_queries != num_keys:
-        if not (causal and num_queries == 1 and mask is not None):
-            raise UserError(
-                f"{num_queries} queries and {num_keys} keys have no distances of themselves: decoding with the cache "
-                "of the module needs PositionAttention(.., causal=True), and cross-attention Flax's own attention_fn"
-            )
-        query_positions, key_positions = _last_visible(mask, num_keys), 0
-
+    query_positions, key_positions = _positions(
+        input_positions, mask, batch, (num_queries, num_keys), causal=causal, backend=backend
+    )
     out_BxTxHxD = attention(
         query_BxTxHxD,
         key_BxSxKxD,
@@ -118,6 +99,42 @@ def attend(
     return out_BxTxHxD.reshape(*batch, *out_BxTxHxD.shape[1:])
 
 
+def _positions(
+    input_positions: Array | None,
+    mask_BxHxTxS: jax.Array | None,
+    batch: tuple[int, ...],
+    shape: tuple[int, int],
+    *,
+    causal: bool,
+    backend: str,
+) -> tuple[Array | int | None, Array | int | None]:
+    """`query_positions` and `key_positions` of `attention()` for (T, S) = `shape`; see `attend`."""
+    num_queries, num_keys = shape
+    if input_positions is not None:
+        if not isinstance(input_positions, Tracer):
+            # NumPy stays a constant under jit, so that attention() sees whether positions are consecutive.
+            input_positions = np.asarray(input_positions)
+        elif num_queries > 1 and backend == "auto":
+            raise UserError(
+                "input_positions that are traced may have gaps, which needs the full score matrix: give NumPy ones, or "
+                "PositionAttention backend='reference' (memory quadratic in length)"
+            )
+        query_positions = _one_batch_axis(input_positions, batch, 1)
+        if len(query_positions) == 1:  # the same for all rows
+            query_positions = query_positions[0]
+        if query_positions.shape == (1,) == (num_queries,):  # also a traced one is consecutive
+            query_positions = query_positions[0]
+        return query_positions, query_positions if num_queries == num_keys else 0
+    if num_queries == num_keys:
+        return None, None
+    if not (causal and num_queries == 1 and mask_BxHxTxS is not None):
+        raise UserError(
+            f"the positions of {num_queries} queries and {num_keys} keys cannot be inferred: decoding with the "
+            "module's cache needs PositionAttention(.., causal=True), and cross-attention needs Flax's own attention_fn"
+        )
+    return _last_visible(mask_BxHxTxS, num_keys), 0
+
+
 def terms_of(method: PositionMethod, params: Params) -> Terms:
     """The method's terms. Raises `UserError` for one that adds to the token embedding."""
     terms = method.terms(params)
@@ -129,7 +146,7 @@ def terms_of(method: PositionMethod, params: Params) -> Terms:
     return terms
 
 
-def _one_batch_axis(x: jax.Array, batch: tuple[int, ...], rest: int) -> jax.Array:
+def _one_batch_axis(x: Any, batch: tuple[int, ...], rest: int) -> Any:
     """[batch.., + `rest` axes] -> [B, + `rest` axes]; [1, + `rest` axes] where all the batch shares it."""
     shape = (1,) * (len(batch) + rest - x.ndim) + x.shape
     lead, own = shape[: len(shape) - rest], shape[len(shape) - rest :]

@@ -1,7 +1,10 @@
 """The key-value cache of a decoder."""
 
+import dataclasses
+
 import flax.struct
 import jax
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -15,7 +18,7 @@ class KVCache:
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    filled: jax.Array | int
+    filled: jax.Array | np.integer | int
 
     @property
     def room(self) -> int:
@@ -27,6 +30,6 @@ class KVCache:
         """Bytes of keys and values; also of a cache of `jax.ShapeDtypeStruct`."""
         return sum(array.size * array.dtype.itemsize for array in (*self.keys, *self.values))
 
-    def at(self, filled: jax.Array | int) -> "KVCache":
+    def at(self, filled: jax.Array | np.integer | int) -> "KVCache":
         """The same slots, of which the first `filled` count: tokens from there on are read next, and overwritten."""
-        return self.replace(filled=filled)
+        return dataclasses.replace(self, filled=filled)

@@ -4,11 +4,9 @@ Dimensions in names: B batch, T tokens, S cached tokens, E d_model, F d_ff, H qu
 V vocabulary.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,19 +17,16 @@ from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax import positions
-from wavelet_jax.attention import BACKENDS, SAVED_RESIDUALS, attention, sharded
+from wavelet_jax.attention import BACKENDS, SAVED_RESIDUALS
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params, dropout
 from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
-from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
+from wavelet_jax.parallel.sharding import constrain
 from wavelet_jax.positions.absolute import check_positions
-from wavelet_jax.positions.terms import Params
 
-NORMS = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}
-ACTIVATIONS = ("swiglu", "relu")
 VOCABULARIES = ("full", "adaptive")
-INITIALIZERS = {"fan_in": nnx.initializers.lecun_normal(), "xavier": nnx.initializers.xavier_uniform()}
 DTYPES = ("float32", "bfloat16")
 # What the blocks keep of a forward pass, beside their inputs, for the backward pass, which computes the rest again.
 _KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED_RESIDUALS)
@@ -42,9 +37,6 @@ REMATS = {
     "attention": _KEEP_ATTENTION,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-
-# Positions of queries or keys: [T] or [B, T] int32, or the first of consecutive ones.
-Positions = Any
 
 
 def make_position(config: ConfigDict) -> positions.PositionMethod:
@@ -60,141 +52,6 @@ def make_position(config: ConfigDict) -> positions.PositionMethod:
             raise positions.unknown_option(method, option)
     sizes = {name: config.model[name] for name in positions.OF_THE_MODEL if name in positions.fields(method)}
     return positions.make(method, **sizes, **{option: config.position[option] for option in own})
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: ConfigDict, method: positions.PositionMethod, *, rngs: nnx.Rngs):
-        width, heads, head_dim = config.model.d_model, config.model.num_heads, config.model.head_dim
-        self.head_dim = head_dim
-        self.method = method
-        self.backend = config.model.attention_backend
-        self.swiglu = config.model.activation == "swiglu"
-        self.attention_dropout = config.model.attention_dropout
-        norm = functools.partial(NORMS[config.model.norm], width, dtype=config.model.dtype, rngs=rngs)
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=config.model.use_bias,
-            dtype=config.model.dtype,
-            kernel_init=INITIALIZERS[config.model.initializer],
-            rngs=rngs,
-        )
-        self.attention_norm, self.feed_forward_norm = norm(), norm()
-        self.query = linear(width, heads * head_dim)
-        self.key = linear(width, config.model.num_kv_heads * head_dim)
-        self.value = linear(width, config.model.num_kv_heads * head_dim)
-        self.out = linear(heads * head_dim, width)
-        self.up = linear(width, config.model.d_ff)
-        if self.swiglu:
-            self.gate = linear(width, config.model.d_ff)
-        self.down = linear(config.model.d_ff, width)
-        self.dropout = nnx.Dropout(config.model.dropout)
-        self.activation_dropout = nnx.Dropout(config.model.activation_dropout)
-        if method.per_layer:
-            self.position = _as_params(method.init(rngs.params()))
-
-    def __call__(
-        self,
-        x_BxTxE: jax.Array,
-        shared_position: nnx.Dict,
-        *,
-        query_positions: Positions,
-        key_positions: Positions,
-        segment_ids: jax.Array | None = None,
-        slots: tuple[jax.Array, jax.Array] | None = None,
-        dropout_key: jax.Array | None = None,
-        mesh: Mesh | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One layer: x_BxTxE, and the keys and values [B, S, K, D] that were attended to.
-
-        Args:
-          x_BxTxE: the residual stream.
-          shared_position: the position parameters of all layers, for methods that have no others.
-          query_positions, key_positions: tokens.
-          segment_ids: [B, T] int32; attention stays inside a segment.
-          slots: keys and values of a cache [B, S, K, D]; positions are then those of its first query and first slot.
-          dropout_key: None turns dropout off.
-          mesh: see `Decoder.hidden`.
-        """
-        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
-        with jax.named_scope("attention"):
-            query_BxTxHxD, key_BxSxKxD, value_BxSxKxD = self.project(x_BxTxE)
-            if slots is not None:
-                start = (0, query_positions, 0, 0)
-                key_BxSxKxD = jax.lax.dynamic_update_slice(slots[0], key_BxSxKxD, start)
-                value_BxSxKxD = jax.lax.dynamic_update_slice(slots[1], value_BxSxKxD, start)
-            h_BxTxHxD = self._attend(
-                query_BxTxHxD,
-                key_BxSxKxD,
-                value_BxSxKxD,
-                self.position if self.method.per_layer else shared_position,
-                query_positions,
-                key_positions,
-                segment_ids,
-                keys[0],
-                mesh,
-            )
-            x_BxTxE += _dropout(self.dropout, self.out(einops.rearrange(h_BxTxHxD, "b t h d -> b t (h d)")), keys[1])
-
-        with jax.named_scope("feed_forward"):
-            h_BxTxE = self.feed_forward_norm(x_BxTxE)
-            up_BxTxF = self.up(h_BxTxE)
-            h_BxTxF = jax.nn.silu(self.gate(h_BxTxE)) * up_BxTxF if self.swiglu else jax.nn.relu(up_BxTxF)
-            h_BxTxF = constrain(h_BxTxF, mesh, "batch", "length", "width")
-            x_BxTxE += _dropout(self.dropout, self.down(_dropout(self.activation_dropout, h_BxTxF, keys[2])), keys[3])
-        return constrain(x_BxTxE, mesh, "batch", "length", None), (key_BxSxKxD, value_BxSxKxD)
-
-    def _attend(
-        self,
-        query_BxTxHxD: jax.Array,
-        key_BxSxKxD: jax.Array,
-        value_BxSxKxD: jax.Array,
-        position: nnx.Dict,
-        query_positions: Positions,
-        key_positions: Positions,
-        segment_ids: jax.Array | None,
-        dropout_key: jax.Array | None,
-        mesh: Mesh | None,
-    ) -> jax.Array:
-        params = {name: param[...] for name, param in position.items()}
-        dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
-
-        def terms_of(params: Params) -> positions.Terms:  # the embedding has its positions already
-            return self.method.terms(params).without_embedding()
-
-        if mesh is not None and mesh.size > 1 and dropout_rate == 0:
-            return sharded.attention(
-                query_BxTxHxD,
-                key_BxSxKxD,
-                value_BxSxKxD,
-                terms_of,
-                params,
-                query_positions,
-                mesh=mesh,
-                **ATTENTION_AXES,
-                segment_ids=segment_ids,
-                backend=self.backend,
-            )
-        # Also with dropout, which draws numbers for the whole score matrix, whatever the mesh.
-        return attention(
-            query_BxTxHxD,
-            key_BxSxKxD,
-            value_BxSxKxD,
-            terms_of(params),
-            query_positions=query_positions,
-            key_positions=key_positions,
-            segment_ids=segment_ids,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-            backend=self.backend,
-        )
-
-    def project(self, x_BxTxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, D], keys and values [B, T, K, D] of the layer's input, before any rotation."""
-        h_BxTxE = self.attention_norm(x_BxTxE)
-        split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
-        return tuple(split(f(h_BxTxE)) for f in (self.query, self.key, self.value))
 
 
 class Decoder(nnx.Module):
@@ -231,7 +88,7 @@ class Decoder(nnx.Module):
             )
         )
         # Methods without parameters of their own for each layer have one set here, maybe empty.
-        self.position = _as_params({} if self.method.per_layer else self.method.init(rngs.params()))
+        self.position = as_params({} if self.method.per_layer else self.method.init(rngs.params()))
         self.dropout = nnx.Dropout(config.model.dropout)
         self.blocks = nnx.List([Block(config, self.method, rngs=rngs) for _ in range(config.model.num_layers)])
         self.final_norm = (
@@ -277,7 +134,7 @@ class Decoder(nnx.Module):
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        keys = [None] * (1 + len(self.blocks))
+        keys: Any = [None] * (1 + len(self.blocks))
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, len(keys))
         x_BxTxE = self.embed(tokens_BxT, positions, dropout_key=keys[0], mesh=mesh)
@@ -301,7 +158,7 @@ class Decoder(nnx.Module):
                 first = np.ndim(positions) == 0
                 positions = positions + np.arange(tokens_BxT.shape[1]) if first else positions
                 x_BxTxE += embed(positions).astype(self.dtype)
-            x_BxTxE = _dropout(self.dropout, x_BxTxE, dropout_key).astype(self.dtype)
+            x_BxTxE = dropout(self.dropout, x_BxTxE, dropout_key).astype(self.dtype)
             return constrain(x_BxTxE, mesh, "batch", "length", None)
 
     def apply_blocks(
@@ -410,7 +267,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BxTxE: jax.Array) -> jax.Array:
         """Scores of every word, float32, from hidden states [..., E]; log-probabilities with an adaptive vocabulary."""
         with jax.named_scope("head"):
-            if self.adaptive:
+            if isinstance(self.embedding, AdaptiveVocabulary):
                 return self.embedding.log_probs(hidden_BxTxE)
             kernel_ExV = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
             return jnp.dot(hidden_BxTxE, kernel_ExV.astype(self.dtype), preferred_element_type=jnp.float32)
@@ -419,20 +276,12 @@ class Decoder(nnx.Module):
         self, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """-log p(target) in nats, float32, from hidden states [..., E]; holds the logits of all of them at once."""
-        if self.adaptive:
+        if isinstance(self.embedding, AdaptiveVocabulary):
             with jax.named_scope("head"):
                 return self.embedding.losses(hidden_BxTxE, targets_BxT, dropout_key)
         logits = self.logits(hidden_BxTxE)
         with jax.named_scope("loss"):
             return cross_entropy(logits, targets_BxT)
-
-
-def _as_params(arrays: dict[str, jax.Array]) -> nnx.Dict:
-    return nnx.Dict({name: nnx.Param(array) for name, array in arrays.items()})
-
-
-def _dropout(layer: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    return layer(x, deterministic=key is None, rngs=key)
 
 
 def check(config: ConfigDict) -> None:

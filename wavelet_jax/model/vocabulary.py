@@ -16,6 +16,7 @@ Dimensions in names: E d_model, N words of a cluster, D their width, V vocabular
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ class AdaptiveVocabulary(nnx.Module):
         """Vectors [.., E] of words, any shape of int32."""
         # Every cluster is read for every token, and all but its own are zeroed: products of D x E, which are nothing
         # beside a block, where an arrangement by cluster would cost sorting.
-        x = 0.0
+        x: Any = 0.0
         for (start, stop, _), words_NxD, projection_DxE in zip(
             self.clusters, self.words, self.projections, strict=True
         ):
@@ -85,7 +86,7 @@ class AdaptiveVocabulary(nnx.Module):
 
     def cluster_of(self, ids: jax.Array) -> jax.Array:
         """The number of each word's cluster, int32."""
-        return sum((ids >= start).astype(jnp.int32) for start, _, _ in self.clusters[1:])
+        return jnp.asarray(sum((ids >= start).astype(jnp.int32) for start, _, _ in self.clusters[1:]))
 
     def losses(self, hidden: jax.Array, targets: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """-log p(target) in nats, float32, of hidden states [.., E] and targets [..].

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from wavelet_jax.commands import terminal
 from wavelet_jax.errors import UserError, unknown
@@ -186,7 +187,8 @@ def write(pairs: Sequence[Pair], out: Path) -> list[str]:
 def _read(file: Path, of: type, renamed: dict[str, str] | None = None) -> list:
     """The lines of a CSV file as dataclasses, whose fields are its columns."""
     columns = {
-        field.name: ((renamed or {}).get(field.name, field.name), field.type) for field in dataclasses.fields(of)
+        field.name: ((renamed or {}).get(field.name, field.name), cast(Any, field.type))
+        for field in dataclasses.fields(of)
     }
     lines = []
     with file.open(encoding="utf-8-sig", newline="") as stream:  # some programs put a byte order mark before the header

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import numpy as np
@@ -85,7 +85,8 @@ def start(
     for name, value in (("join_timeout", join_timeout), ("peer_timeout", peer_timeout)):
         if not 1 <= value < math.inf:
             raise UserError(f"--{name} must be at least 1 second, not {value:g}")
-    if process_id:  # of the address that JAX finds in an environment nothing is known before it connects
+    # Of an address that JAX finds in the environment nothing is known before it connects.
+    if coordinator and process_id:
         arguments["coordinator_address"] = peers.relay(coordinator)
     missing = f"not all processes of this run came within {join_timeout:g} s; --join_timeout waits longer"
     try:
@@ -117,7 +118,7 @@ def _arguments(
     else:
         if distributed is not None:
             raise UserError("--distributed asks the environment: leave it out beside --coordinator")
-        if missing:
+        if coordinator is None or num_processes is None or process_id is None:
             raise UserError(f"--coordinator, --num_processes and --process_id go together: --{missing[0]} is missing")
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
@@ -135,7 +136,7 @@ def _arguments(
 
 def _watch_others(patience: float) -> None:
     global _watch
-    state = distributed.global_state
+    state: Any = distributed.global_state
     if state.num_processes > 1:
         _watch = peers.Watch(state.client, state.process_id, state.num_processes, patience, _give_up)
         _watch.start()
@@ -211,7 +212,7 @@ def leave(code: int | str | None) -> NoReturn:
         code = 1
     if _watch is not None:
         with contextlib.suppress(Exception):
-            distributed.global_state.client.wait_at_barrier("wavelet_jax/leave", _LONG)
+            cast(Any, distributed.global_state.client).wait_at_barrier("wavelet_jax/leave", _LONG)
         _watch.close()
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()

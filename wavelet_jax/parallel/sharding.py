@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -142,7 +143,7 @@ def load_batch(
     *parts, rows = shape[: leading + 1]
     seen = {}  # devices along axes that do not split rows hold the same ones
 
-    def held(index: tuple[slice, ...]) -> np.ndarray:
+    def held(index: Any) -> np.ndarray:
         row, stop, _ = index[leading].indices(rows)
         if row not in seen:
             windows = [read(start + part * rows + row, stop - row) for part in range(math.prod(parts))]

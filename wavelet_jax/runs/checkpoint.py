@@ -264,13 +264,15 @@ def _check_tree(checkpoint: Path, abstract: Any) -> None:
     Only the top-level parts of the state that the tree has are compared.
     """
 
+    state: Any = checkpoint / "state"  # the handler's own kind of path, to a type checker
+
     def arrays(tree: Any) -> dict[str, str]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
         return {path_of(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
 
     wanted = arrays(abstract)
     parts = {path.split("/")[0] for path in wanted}
-    stored = arrays(ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree)
+    stored = arrays(ocp.PyTreeCheckpointHandler().metadata(state).tree)
     stored = {path: array for path, array in stored.items() if path.split("/")[0] in parts}
     differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
     if differing:
@@ -301,7 +303,7 @@ def _told_if_long(step: int | None) -> contextlib.AbstractContextManager[None]:
     return peers.in_time(_PATIENCE, functools.partial(logging.warning, message, step, _PATIENCE))
 
 
-def _failed(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
+def _failed(manager: ocp.CheckpointManager, step: int | None, error: BaseException) -> str:
     """Removes what a failed save has written, on a disk that may be full, and says what failed."""
     folder = Path(manager.directory)
     if processes.is_first():

@@ -121,7 +121,7 @@ class _Watch:
                     self._tell_if_slow(time.monotonic())
 
     def _tell_if_slow(self, now: float) -> bool:
-        if not self._factor or len(self._durations) < _NEEDED:
+        if not self._factor or self._since is None or len(self._durations) < _NEEDED:
             return False
         median, taken = statistics.median(self._durations), now - self._since
         if taken <= max(self._factor * median, self._least):

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -123,8 +123,9 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         # Takes two seconds to import, and bad input should not wait for it.
         from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2 as generated
 
+        event_pb2: Any = generated  # protobuf adds its names when it is imported
         atomic.make_folder(folder)
         self._event, self._scalar = event_pb2.Event, summary.scalar
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))

@@ -61,7 +61,7 @@ class Meter:
 
     def _start_line(self) -> None:
         self._since, self._updates = self._clock(), 0
-        self._lost = dict.fromkeys(LOST, 0.0)
+        self._lost: dict[str, float] = dict.fromkeys(LOST, 0.0)
 
     def compiled(self, function: Callable) -> Callable:
         """A jitted function that is compiled when it is first called, that time being counted; shapes never change."""

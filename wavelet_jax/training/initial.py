@@ -7,6 +7,7 @@ In this order, the first that applies:
 3. parameters drawn from `config.train.model_seed`.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def state(
     if restored is not None:
         return restored
     if config.train.init_from:
-        return fresh.replace(params=_from_another(config, fresh.params, corpus, mesh)), 0
+        params = _from_another(config, fresh.params, corpus, mesh)
+        return dataclasses.replace(fresh, params=params), 0
     return fresh, 0
 
 

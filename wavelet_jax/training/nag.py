@@ -10,7 +10,7 @@ The velocity v is in units of parameters, and c rescales it where the learning r
 keeps its trace in units of gradients: the same where the learning rate is constant.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def nag(schedule: optax.Schedule, momentum: float) -> optax.GradientTransformati
     def init(params: optax.Params) -> NagState:
         return NagState(jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: optax.Updates, state: NagState, params: optax.Params | None = None):
+    def update(grads: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
         rate = jnp.asarray(schedule(state.count), jnp.float32)
         # Before the first update v is 0, and after one at a learning rate of 0 too: any c will do.
@@ -42,6 +42,6 @@ def nag(schedule: optax.Schedule, momentum: float) -> optax.GradientTransformati
             grads,
         )
         velocity = jax.tree.map(lambda v, g: momentum * c * v - rate * g, state.velocity, grads)
-        return updates, NagState(optax.safe_increment(state.count), rate, velocity)
+        return updates, NagState(jnp.asarray(optax.safe_increment(state.count)), rate, velocity)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]  # optax: `updates`

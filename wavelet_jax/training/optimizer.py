@@ -1,5 +1,7 @@
 """The optimizer of a config and its learning rate schedule."""
 
+from typing import Any
+
 import jax
 import optax
 from ml_collections import ConfigDict
@@ -35,7 +37,7 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     # Where no start is given, the first update counts as 1 of the warm-up: an update at learning rate 0 would be lost.
     start = config.optimizer.warmup_start or peak / (warmup + 1)
 
-    def rising(step: jax.Array) -> jax.Array:
+    def rising(step: Any) -> jax.Array:
         # optax's would add a small start to the peak's negative, and round it away.
         return start + (peak - start) * step / warmup
 

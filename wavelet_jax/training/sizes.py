@@ -79,7 +79,7 @@ def check(config: ConfigDict, vocab_size: int | None = None) -> None:
     if state + batch <= limit * processes:
         return
     if state >= batch:
-        most = f"most of the parameters are those of {max(parts, key=parts.get)}"
+        most = f"most of the parameters are those of {max(parts, key=lambda part: parts[part])}"
     else:
         most = f"a batch is {windows:,} x {config.train.length:,} tokens (train.batch_size, length, accumulation)"
     several = f"{processes} x " if processes > 1 else ""

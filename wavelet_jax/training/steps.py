@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.decoder import Decoder
+from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import constrain, into_order, out_of_order, token_order, tree_shardings
 from wavelet_jax.ranges import SEED
 from wavelet_jax.training import sizes
@@ -62,7 +63,7 @@ def token_losses(
     hidden_BxPxTxE, targets_BxPxT = (
         x.reshape(batch, parts, length // parts, *x.shape[2:]) for x in (hidden_BxTxE, targets_BxT)
     )
-    if model.adaptive:
+    if isinstance(model.embedding, AdaptiveVocabulary):
         # Tokens of rare words come last in each row, so that the tails are computed in the last chunks only.
         order_BxPxT = jnp.argsort(model.embedding.cluster_of(targets_BxPxT), axis=2)
         hidden_BxPxTxE = jnp.take_along_axis(hidden_BxPxTxE, order_BxPxT[..., None], axis=2)
@@ -174,6 +175,7 @@ def make_train_step(
         tokens, segment_ids, counted = _unpack(config, windows)
         inputs, targets = into_order(tokens[:, :-1], mesh), into_order(tokens[:, 1:], mesh)
         if segment_ids is not None:
+            assert counted is not None
             segment_ids, counted = into_order(segment_ids, mesh), into_order(counted, mesh)
         positions = token_order(inputs.shape[1], mesh)
         hidden = model.hidden(inputs, positions=positions, segment_ids=segment_ids, dropout_key=key, mesh=mesh)

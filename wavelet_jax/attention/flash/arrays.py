@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,10 +222,12 @@ def prepare(call: Call, sizes: TileSizes) -> Prepared:
     constants = None if call.terms.relative_keys is None else tiled.factors_of(geometry, call.terms, call.tolerance)
     before = 0 if constants is None else sizes.band
     after = 0 if call.causal else before
-    V, front = sizes.keys, -geometry.offset % sizes.keys
+    V, offset = sizes.keys, geometry.offset
+    assert offset is not None
+    front = -offset % V
     end_key = front + call.keys
     key_tiles = -(-end_key // V)
-    hidden_end = end_key == key_tiles * V or (call.causal and geometry.offset + call.queries <= call.keys)
+    hidden_end = end_key == key_tiles * V or (call.causal and offset + call.queries <= call.keys)
     basis, reach = None, (0, 0)
     if constants is not None:
         reach, basis = constants.reach_in_tiles, _basis(constants.far[:2])
@@ -235,7 +237,7 @@ def prepare(call: Call, sizes: TileSizes) -> Prepared:
         row_tiles=-(-call.queries // sizes.rows),
         key_tiles=key_tiles,
         group=call.heads // call.kv_heads,
-        origin=(geometry.offset + front) // V,
+        origin=(offset + front) // V,
         band=(before // V, after // V),
         reach=reach,
         first_key=front,
@@ -265,7 +267,7 @@ def attend_by(
     inputs = content.astype(query_BxTxHxD.dtype), position, key_BxSxKxD, value_BxSxKxD
     parts = _parts(prepared, query_BxTxHxD.shape[0], key_BxSxKxD.shape[2])
     if parts == 1:
-        out_BxHxTxD = _attend(kernel, prepared, *inputs)
+        out_BxHxTxD: Any = _attend(kernel, prepared, *inputs)
     else:
 
         def split(x: jax.Array) -> jax.Array:
@@ -279,7 +281,10 @@ def attend_by(
 def _parts(prepared: Prepared, batch: int, kv_heads: int) -> int:
     """Parts of the key heads (and of their query heads) to take one after the other; see `NEAR_BYTES`."""
     layout, constants = prepared.layout, prepared.constants
-    if constants is None or constants.near.rows.ndim == 3:  # tables by head are not cut
+    if constants is None:
+        return 1
+    assert constants.near is not None, "not a supported call"
+    if constants.near.rows.ndim == 3:  # tables by head are not cut
         return 1
     a_head = 4 * batch * layout.group * layout.row_tiles * layout.rows * layout.band_tiles * layout.keys
     enough = (
@@ -289,7 +294,7 @@ def _parts(prepared: Prepared, batch: int, kv_heads: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernel: Kernel, prepared: Prepared, content, position, key, value) -> jax.Array:
+def _attend(kernel: Kernel, prepared: Prepared, content, position, key, value) -> Any:
     """[B, H, T, D], padded. Only the inputs, the output and its logsumexp wait for the backward pass: the near scores,
     several times as large as the queries, are recomputed there.
     """
@@ -346,6 +351,7 @@ def arrays_of(
     key, value = (head_major(x, layout.first_key, layout.key_tiles * layout.keys) for x in (key_BxSxKxD, value_BxSxKxD))
     if constants is None:
         return Arrays(query, key, value, None, None)
+    assert constants.near is not None, "not a supported call"
     position = query if position_BxTxHxD is None else head_major(position_BxTxHxD, 0, length)
     position_BxHxNxUxD = position.reshape(*position.shape[:2], layout.row_tiles, layout.rows, -1)
     return Arrays(
@@ -409,6 +415,6 @@ def _heads(array: np.ndarray) -> str:
 
 
 def _geometry(call: Call, sizes: TileSizes) -> Geometry:
-    return Geometry(
-        sizes=sizes, causal=call.causal, window=None, offset=call.clamped_offset, queries=call.queries, keys=call.keys
-    )
+    offset = call.clamped_offset
+    assert isinstance(offset, int), "not a supported call: its offset is traced"
+    return Geometry(sizes=sizes, causal=call.causal, window=None, offset=offset, queries=call.queries, keys=call.keys)

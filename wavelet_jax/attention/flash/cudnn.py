@@ -6,6 +6,7 @@ Its gradients are added by atomics, and so differ from run to run in the last bi
 
 import os
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +54,14 @@ def attend(
     key_BxSxKxD: jax.Array,
     value_BxSxKxD: jax.Array,
     call: Call,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Softmax attention of a supported call, of queries and keys that are already rotated.
 
     Keys and values are taken in the queries' dtype. Returns [B, T, H, D] in the value's.
     """
-    arrays = (x.astype(call.dtype) for x in (query_BxTxHxD, key_BxSxKxD, value_BxSxKxD))
-    out = jax.nn.dot_product_attention(*arrays, is_causal=call.causal, implementation=implementation)
+    query, key, value = (x.astype(call.dtype) for x in (query_BxTxHxD, key_BxSxKxD, value_BxSxKxD))
+    out = jax.nn.dot_product_attention(query, key, value, is_causal=call.causal, implementation=implementation)
     return out.astype(value_BxSxKxD.dtype)
 
 

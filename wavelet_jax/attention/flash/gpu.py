@@ -149,8 +149,11 @@ def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.
 
 
 def _capability() -> int:
-    elsewhere = _elsewhere.get()
-    return CAPABILITIES[gpu_capability()] if elsewhere is None else elsewhere[1]
+    if (elsewhere := _elsewhere.get()) is not None:
+        return elsewhere[1]
+    capability = gpu_capability()
+    assert capability is not None, "not a supported call: there is no GPU"
+    return CAPABILITIES[capability]
 
 
 def _tiles(call: Call) -> TileSizes:
@@ -191,7 +194,7 @@ def folding(function: Callable) -> Callable:
 
 
 def _by_jax_triton(launch: Launch) -> Sequence[jax.Array]:
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]  # in the extra `cuda`
 
     from wavelet_jax.attention.flash import gpu_kernels
 
@@ -294,6 +297,8 @@ def _inputs(basis: np.ndarray | None, arrays: Arrays) -> list[jax.Array]:
     query, key, value = (_widen(x, columns) for x in (query, key, value))
     if far is None:
         return [query, key, value, query if near is None else near, query, query]
+    assert near is not None
+    assert basis is not None
     columns = _power_of_two(far.shape[3])
     flat = jnp.asarray(basis.reshape(-1, basis.shape[2]), far.dtype)
     return [query, key, value, near, _widen(far, columns), _widen(flat, columns)]

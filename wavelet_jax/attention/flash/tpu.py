@@ -281,6 +281,7 @@ def _row_inputs(layout: Layout, basis: np.ndarray | None, arrays: Arrays) -> tup
         inputs["near"] = arrays.near_BxHxTxW
         specs["near"] = per_query(arrays.near_BxHxTxW.shape[-1])
     if arrays.far_BxHxTxR is not None:
+        assert basis is not None
         inputs |= {"far": arrays.far_BxHxTxR, "basis": jnp.asarray(basis, arrays.far_BxHxTxR.dtype)}
         specs["far"] = per_query(basis.shape[-1])
         specs["basis"] = _basis_block(layout, basis, lambda b, h, i, j: (i, j))
@@ -400,8 +401,8 @@ def _call(
 def _cost(layout: Layout, arrays: Arrays, products: int) -> pl.CostEstimate:
     """A kernel's cost, which XLA cannot see: `products` of a tile's scores with D columns; keys come for every row."""
     batch, heads, _, dim = arrays.query_BxHxTxD.shape
-    scores = batch * heads * layout.rows * layout.keys * sum(layout.end(i) for i in range(layout.row_tiles))
-    read = sum(array.nbytes for array in arrays if array is not None)
+    scores = batch * heads * layout.rows * layout.keys * sum(int(layout.end(i)) for i in range(layout.row_tiles))
+    read = sum(int(array.nbytes) for array in arrays if array is not None)
     return pl.CostEstimate(
         flops=2 * scores * dim * products,
         transcendentals=scores,

@@ -100,7 +100,7 @@ def factor(table: np.ndarray, first: int, cut: Cut) -> Factors:
       first: tokens.
       cut: how.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(table)).digest()
+    digest = hashlib.sha256(np.ascontiguousarray(table).data).digest()
     return _factor(_Hashed(table, digest), first, cut)
 
 
@@ -133,21 +133,21 @@ def _factor(hashed: _Hashed, first: int, cut: Cut) -> Factors:
         """[D, c] or [H, D, c] of [D or H * D, c]."""
         return columns.reshape(*((table.shape[0], table.shape[2]) if per_head else table.shape[1:]), -1)
 
-    far: list[Far | None] = []
+    sides: list[Far | None] = []
     for side, own_rows, shape in _far_shapes(reach, cut):
         outwards = np.arange(math.prod(shape))
         distances = cut.before + 1 + outwards if side == 0 else -(own_rows + (cut.after or 0)) - outwards
         if not distances.size:
-            far.append(None)
+            sides.append(None)
             continue
         separated = _separate(entries, distances, own_rows, cut.tolerance)
         if separated is None:
-            return Factors(reach, None, (None,) * 4)
+            return Factors(reach, None, (None, None, None, None))
         basis, coefficients, project = separated
         basis = basis.reshape(*shape, -1)
         if side == 0:
             basis = basis[:, ::-1]  # key positions rise within a tile, and their distances fall
-        far.append(Far(_single(basis), _single(coefficients), _single(unflatten(project))))
+        sides.append(Far(_single(basis), _single(coefficients), _single(unflatten(project))))
 
     zone = entries(cut.before + cut.block - 1, 0 if cut.after is None else -(cut.after + cut.block))
     inner, project = _truncate(zone, cut.tolerance)
@@ -155,7 +155,8 @@ def _factor(hashed: _Hashed, first: int, cut: Cut) -> Factors:
         near = Near(_single(inner), _single(unflatten(project)))
     else:
         near = Near(_single(np.moveaxis(unflatten(zone.T), -1, -2)), None)
-    return Factors(reach, near, tuple(far))
+    before, after, inside_before, inside_after = sides
+    return Factors(reach, near, (before, after, inside_before, inside_after))
 
 
 def _reach_in_tiles(flat: np.ndarray, first: int, cut: Cut) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def are_known(terms: Terms) -> bool:
 
 def evaluate(terms: Terms, highest: int, lowest: int) -> np.ndarray:
     """relative_keys, which are known, of the distances highest, highest - 1, .., lowest: [n, D] or [H, n, D]."""
+    assert terms.relative_keys is not None
     with concretely():
         return np.asarray(terms.relative_keys(jnp.arange(highest, lowest - 1, -1, dtype=jnp.int32)))
 

@@ -15,6 +15,7 @@ length, made outside of the custom derivative, so that JAX itself takes their gr
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import einops
 import jax
@@ -113,15 +114,15 @@ def _in_tiles(
         jnp.pad(jnp.moveaxis(value_BxSxKxD, 1, 2), pad),
         by_kv_head(added.relative_keys, 3),
         by_kv_head(added.relative_values, 3),
-        None if added.bias is None else by_kv_head(added.bias, 2) / plan.scale,
+        None if added.bias is None else split_heads(added.bias, 2, num_kv_heads) / plan.scale,
     )
     if segment_ids is not None:
         query_segments, key_segments = segment_ids
-        query_segments = jnp.pad(query_segments, [(0, 0), (0, -num_queries % rows)]).reshape(batch, -1, rows)
-        segment_ids = jnp.moveaxis(query_segments, 1, 0), jnp.pad(key_segments, [(0, 0), plan.padding])
+        query_tiles = jnp.pad(query_segments, [(0, 0), (0, -num_queries % rows)]).reshape(batch, -1, rows)
+        segment_ids = jnp.moveaxis(query_tiles, 1, 0), jnp.pad(key_segments, [(0, 0), plan.padding])
     inputs, segment_ids, _ = common.vary_together(inputs, segment_ids, offset)
     try:
-        out_NxBxKxDxGxU = attend_tiles(plan, inputs, offset, segment_ids)
+        out_NxBxKxDxGxU: Any = attend_tiles(plan, inputs, offset, segment_ids)
     except (TypeError, NotImplementedError) as error:
         if "custom_vjp function" in str(error) or "custom_lin" in str(error):  # JAX's words for a jvp
             raise UserError(FIRST_ONLY) from None
@@ -175,7 +176,7 @@ def _distances(geometry: Geometry, offset: int | jax.Array) -> jax.Array:
             lowest, highest = jnp.maximum(lowest, 0), jnp.maximum(highest, 0)
         else:  # down to distance 0, and at least one tile
             lowest, highest = max(lowest, 0), max(highest, 0)
-            count = max(min(count, first + 1), geometry.overhang + geometry.sizes.rows)
+            count = max(min(count, int(first) + 1), geometry.overhang + geometry.sizes.rows)
     if geometry.offset is not None:  # in int64: those of padding may be past int32 (and wrap, to be clipped, if traced)
         return jnp.asarray(np.clip(first - np.arange(count), lowest, highest), jnp.int32)
     return jnp.clip(first - jnp.arange(count, dtype=jnp.int32), lowest, highest)

@@ -111,7 +111,7 @@ class Plan(Geometry):
 class Tile(NamedTuple):
     """One tile of keys as a query tile, or a block of its rows, sees it."""
 
-    start: jax.Array | int  # index of its first key, before padding; it may stick out on either side
+    start: jax.Array  # index of its first key, before padding; it may stick out on either side
     width: int  # V
     first: jax.Array | int  # distance of the first of the rows from the tile's first key
     row: int  # the first of the rows, counted in the query tile
@@ -121,7 +121,7 @@ class Tile(NamedTuple):
     relative: bool  # whether the constant table of relative keys reaches it
 
 
-def first_distance(plan: Plan, offset: int | jax.Array) -> int | jax.Array:
+def first_distance(plan: Geometry, offset: int | jax.Array) -> int | jax.Array:
     """Distance of row 0 of the tables over all distances: no tile that holds a key has a higher one."""
     return offset + (plan.queries + plan.sizes.rows) + plan.overhang
 
@@ -131,7 +131,7 @@ def num_distances(plan: Plan, tile: Tile) -> int:
     return tile.width + (0 if plan.causal and tile.side is None else tile.rows)
 
 
-def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array:
+def table_start(plan: Plan, tile: Tile, offset: jax.Array) -> jax.Array | int:
     """The row of a table over all distances at which a tile's begin."""
     return first_distance(plan, offset) - (tile.first + tile.rows - 1)
 
@@ -156,7 +156,7 @@ def visible(
     others = []
     if not _all_keys_exist(plan, tile):
         others.append((tile.start + key >= 0) & (tile.start + key < plan.keys))
-    if key_segments is not None:
+    if row_segments is not None and key_segments is not None:
         others.append((row_segments[:, None, :] == key_segments[:, :, None])[:, None, :, None])
     causal = tile.side is None and plan.causal and not hides
     return common.visible(distance, causal=causal, window=plan.window, others=others)

@@ -1,6 +1,7 @@
 """The sweep of query tiles over key tiles: the online softmax, and its derivative from recomputed scores."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ def _sweep(plan: Plan, position: jax.Array, visit, shared, own, carry):
             return lax.slice_in_dim(x, row, row + block, axis=-1)
 
         width = band + (row + block if plan.causal else rows + plan.after)
-        tile = Tile(position - band, width, band + row, row, block, None, 0, True)
-        shared, part = visit(shared, jax.tree.map(of_block, own), jax.tree.map(of_block, carry), tile)
+        local = Tile(position - band, width, band + row, row, block, None, 0, True)
+        shared, part = visit(shared, jax.tree.map(of_block, own), jax.tree.map(of_block, carry), local)
         blocks.append(part)
     carry = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *blocks)
 
@@ -117,7 +118,7 @@ def _transposed(x_BxKxSxD: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_tiles(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None) -> jax.Array:
+def attend_tiles(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | None) -> Any:
     """Attention [N, B, K, D, G, U] in the value's dtype.
 
     `segments` are those of the query tiles, [N, B, U], and of the padded keys, [B, S]; or None.
@@ -150,6 +151,7 @@ def _forward(plan: Plan, inputs: Inputs, offset: jax.Array, segments: tuple | No
             with jax.named_scope("values"):
                 out = out * kept[:, :, None]
                 value = view.keys.value_transposed
+                assert value is not None
                 out += einsum("bkdv,bkvgu->bkdgu", value, weights.astype(value.dtype))
                 if view.near_value is not None:
                     G = by_distance(plan, weights, tile)
@@ -222,7 +224,7 @@ def _zeros(arrays):
     return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), arrays)
 
 
-def _add(gradient: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+def _add(gradient: jax.Array, part: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
     """Adds `part` to a slice of a gradient."""
     old = lax.dynamic_slice_in_dim(gradient, start, part.shape[axis], axis)
     return lax.dynamic_update_slice_in_dim(gradient, old + part, start, axis)
@@ -238,6 +240,7 @@ def _recomputed(
     logsumexp: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The weights of a tile, and the gradient by its scores, [B, K, V, G, U] float32 both."""
+    assert view.keys.value is not None
     with jax.named_scope("weights"):
         weights = jnp.exp(scores_of(plan, row, view, tile) * plan.scale - logsumexp[:, :, None])
         d_weights = einsum("bkvd,bkdgu->bkvgu", view.keys.value, d_out)
@@ -267,10 +270,12 @@ def _add_keys_and_values(
 
 
 def _add_queries(d_row: QueryForms, row: QueryForms, view: View, d_scores: jax.Array) -> QueryForms:
+    assert view.keys.key_transposed is not None
     with jax.named_scope("queries"):
         extended = with_far(view.keys.key_transposed, view, axis=2)
         parts = einsum("bkdv,bkvgu->bkdgu", extended, d_scores.astype(view.keys.key.dtype))
-        d_far, end = list(d_row.far), row.query.shape[2]
+        d_far: list[Any] = list(d_row.far)
+        end = row.query.shape[2]
         d_row = d_row._replace(query=d_row.query + parts[:, :, :end])
         for far in view.far:
             start, end = end, end + far.basis.shape[1]
@@ -293,14 +298,19 @@ def _add_tables(
     """Gradients by near scores and by tables over all distances, and those of the queries through them."""
     with jax.named_scope("tables"):
         if (start := band_start(plan, tile)) is not None:
+            assert row.near is not None
             near = lax.slice_in_dim(d_scores, start, start + row.near.shape[2], axis=2)
             d_row = d_row._replace(near=near)  # which no other tile has
         if view.table is not None:
+            assert d.key_table is not None
+            assert row.position is not None
+            assert d_row.position is not None
             axes, G = einsum_axes(view.table), by_distance(plan, d_scores, tile)
             d_row = d_row._replace(position=d_row.position + einsum(f"bkgue,{axes}->bkcgu", G, view.table))
             part = einsum(f"bkgue,bkcgu->{axes}", G, row.position)
             d = d._replace(key_table=_add(d.key_table, part, table_start(plan, tile, offset), -2))
         if d.value_table is not None:
+            assert view.near_value is not None
             axes = einsum_axes(view.near_value)
             part = einsum(f"bkgue,bkcgu->{axes}", by_distance(plan, weights, tile), d_out)
             d = d._replace(value_table=_add(d.value_table, part, table_start(plan, tile, offset), -2))

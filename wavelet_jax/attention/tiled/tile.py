@@ -5,14 +5,15 @@ and backward, has its operands in the order of memory that a matrix product want
 for all tiles and no scores ever. They are not scaled: the exponential is, which saves a pass.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wavelet_jax.attention.common import einsum, split_heads
+from wavelet_jax.attention.common import Array, einsum, split_heads
 from wavelet_jax.attention.relative import factors
 from wavelet_jax.attention.tiled.geometry import Plan, Tile, band_start, num_distances, table_start, visible
 from wavelet_jax.attention.tiled.skew import by_key, skew
@@ -56,6 +57,7 @@ def query_forms(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.
         return x.reshape(*x.shape[:-2], -1)
 
     near = plan.factors.near
+    assert near is not None
     x, *xs = _products(position, [form and form.project for form in (near, *plan.factors.far)])
     x = position if x is None else x
     fill = [(0, 0)] * (near.rows.ndim - 2) + [(0, int(plan.causal)), (0, 0)]  # a distance more: what `skew` wants
@@ -63,15 +65,18 @@ def query_forms(plan: Plan, query_BxKxDxGxU: jax.Array, position_BxKxDxGxU: jax.
     G = einsum(f"bkcgiu,{einsum_axes(table)}->bkgiue", blocks(x), table)
     width = plan.sizes.band + plan.sizes.block + plan.after
     scores = jnp.moveaxis(skew(G, width, -jnp.inf, near.rows.shape[-2]), -1, 2)  # [b, k, W, g, i, u]
-    far = tuple(far and far_coordinates(far, x) for far, x in zip(plan.factors.far, xs, strict=True))
+    far = tuple(
+        None if far is None or x is None else far_coordinates(far, x)
+        for far, x in zip(plan.factors.far, xs, strict=True)
+    )
     return QueryForms(query_BxKxDxGxU, None, join(scores), far)
 
 
-def _products(x_BxKxDxGxU: jax.Array, matrices: list[np.ndarray | None]) -> list[jax.Array | None]:
+def _products(x_BxKxDxGxU: jax.Array, matrices: list[np.ndarray | None]) -> Sequence[jax.Array | None]:
     """[B, K, c, G, U] float32 with each matrix, [D, c] or [H, D, c]; None for None."""
     given = [matrix for matrix in matrices if matrix is not None]
     if not given:
-        return matrices
+        return [None] * len(matrices)
     matrix = split_heads(np.concatenate(given, axis=-1), 3, x_BxKxDxGxU.shape[1])
     if matrix.ndim == 2:  # a product for each key head: neither what goes in nor what comes out is transposed
         matrix = jnp.broadcast_to(matrix, (x_BxKxDxGxU.shape[1], *matrix.shape))
@@ -93,7 +98,7 @@ class KeyBlock(NamedTuple):
 class Far(NamedTuple):
     """A far basis for a tile of keys."""
 
-    basis: jax.Array  # [V, R]
+    basis: Array  # [V, R]
     coordinates: int  # which of `QueryForms.far` goes with it
 
 
@@ -119,7 +124,7 @@ def view_of(
 ) -> View:
     """The slices of the inputs that a tile needs; `row_segments` [B, U] are its own, `key_segments` of all keys."""
 
-    def slices(array: jax.Array | None, axis: int) -> jax.Array | None:
+    def slices(array: jax.Array | None, axis: int) -> Any:
         start = tile.start + plan.padding[0]
         return None if array is None else lax.dynamic_slice_in_dim(array, start, tile.width, axis)
 
@@ -142,21 +147,26 @@ def view_of(
 def _far_of(plan: Plan, tile: Tile) -> tuple[Far, ...]:
     if plan.factors is None or plan.key_everywhere or not tile.relative:
         return ()
-    far = plan.factors.far
+
+    def basis_of(side: int) -> np.ndarray:
+        far = plan.factors and plan.factors.far[side]
+        assert far is not None
+        return far.basis
+
     if tile.side is not None:
-        basis = lax.dynamic_index_in_dim(jnp.asarray(far[tile.side].basis), tile.order, keepdims=False)
+        basis = lax.dynamic_index_in_dim(jnp.asarray(basis_of(tile.side)), tile.order, keepdims=False)
         return (Far(basis, tile.side),)
     # What lies in the local tile on either side of the block's own band.
     before, after = tile.row, 0 if plan.causal else plan.sizes.rows - tile.row - tile.rows
     parts = []
     if before:
-        parts.append(Far(np.pad(far[2].basis[0, -before:], [(0, tile.width - before), (0, 0)]), 2))
+        parts.append(Far(np.pad(basis_of(2)[0, -before:], [(0, tile.width - before), (0, 0)]), 2))
     if after:
-        parts.append(Far(np.pad(far[3].basis[0, :after], [(tile.width - after, 0), (0, 0)]), 3))
+        parts.append(Far(np.pad(basis_of(3)[0, :after], [(tile.width - after, 0), (0, 0)]), 3))
     return tuple(parts)
 
 
-def einsum_axes(table: jax.Array) -> str:
+def einsum_axes(table: Array) -> str:
     """The einsum axes of a table [n, c] or [K, G, n, c]."""
     return "kgec" if table.ndim == 4 else "ec"
 
@@ -165,9 +175,11 @@ def scores_of(plan: Plan, row: QueryForms, view: View, tile: Tile) -> jax.Array:
     """Scores [B, K, V, G, U] in float32, not scaled, -inf where hidden."""
     scores = einsum("bkvd,bkdgu->bkvgu", with_far(view.keys.key, view), query_with_far(row, view))
     if (start := band_start(plan, tile)) is not None:
+        assert row.near is not None
         band = lax.slice_in_dim(scores, start, start + row.near.shape[2], axis=2)
         scores = lax.dynamic_update_slice_in_dim(scores, band + row.near, start, axis=2)
     if view.table is not None:
+        assert row.position is not None
         G = einsum(f"bkcgu,{einsum_axes(view.table)}->bkgue", row.position, view.table)
         scores += by_key(G, tile, -jnp.inf)
     if view.bias is not None:
@@ -185,5 +197,10 @@ def with_far(key: jax.Array, view: View, axis: int = 3) -> jax.Array:
 
 def query_with_far(row: QueryForms, view: View) -> jax.Array:
     """The queries that go with them, [B, K, D + R, G, U]."""
-    far = (row.far[far.coordinates].astype(row.query.dtype) for far in view.far)
-    return jnp.concatenate([row.query, *far], axis=2)
+
+    def coordinates(far: Far) -> jax.Array:
+        x = row.far[far.coordinates]
+        assert x is not None
+        return x.astype(row.query.dtype)
+
+    return jnp.concatenate([row.query, *map(coordinates, view.far)], axis=2)

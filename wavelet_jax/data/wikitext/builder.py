@@ -50,8 +50,13 @@ class Wikitext(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # TFDS would order examples by a hash: another stream of text
         )
 
+    @property
+    def _name(self) -> str:
+        assert self.builder_config is not None
+        return self.builder_config.name
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        name, archive = self.builder_config.name, self.checked_archive
+        name, archive = self._name, self.checked_archive
         if archive is None:
             try:
                 folder = dl_manager.manual_dir
@@ -62,7 +67,7 @@ class Wikitext(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(archive, split) for split in archives.SPLITS}
 
     def _generate_examples(self, archive: Path, split: str) -> Iterator[tuple[int, dict[str, str]]]:
-        lines = archives.lines(self.builder_config.name, archive, split)
+        lines = archives.lines(self._name, archive, split)
         for number, text in enumerate(archives.articles(lines)):
             yield number, {"text": text}
 

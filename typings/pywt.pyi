@@ -1,0 +1,9 @@
+# PyWavelets takes its names from compiled modules, which say no types.
+import numpy as np
+
+class Wavelet:
+    def __init__(self, name: str) -> None: ...
+    dec_len: int
+    def wavefun(self, level: int = ...) -> list[np.ndarray]: ...
+
+def wavelist(family: str | None = ..., kind: str = ...) -> list[str]: ...
