@@ -162,7 +162,7 @@ def test_signals_save_and_the_same_command_goes_on(whole_runs, data_flags, tmp_p
     for process, signum, happened in lives:
         process = process() if callable(process) else process
         last = interrupted(process, signum, happened)[-1]
-        said = re.fullmatch(rf"{signum.name}: (.*) is saved at update (\d+); the same command goes on", last)
+        said = re.fullmatch(rf"{signum.name}: (.*) is saved at update (\d+); the same command resumes the run", last)
         assert said.group(1) == str(workdir)
         assert int(said.group(2)) == checkpoint.latest_step(workdir) == read_metrics(workdir)[-1]["step"]
     assert not (tmp_path / "rope").exists()
@@ -174,7 +174,7 @@ def test_a_signal_before_the_first_update_ends_at_once(data_flags, tmp_path):
     flags = [f"--config={ROOT}/configs/smoke.py:rope", f"--workdir={tmp_path}/run", *data_flags]
     process = start("train.py", *flags, "--config.train.steps=100000")
     lines = interrupted(process, signal.SIGTERM, (tmp_path / "run" / "config.json").exists)
-    assert lines[-1] == "SIGTERM: there is nothing to save; the same command goes on"
+    assert lines[-1] == "SIGTERM: there is nothing to save; the same command starts again"
     assert checkpoint.latest_step(tmp_path / "run") is None
 
 

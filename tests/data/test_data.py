@@ -1062,8 +1062,11 @@ FILES = {
             {"tokenizer": "sentencepiece", "tokenizer_file": "no.model"},
             ["cannot read config.data.tokenizer_file", "no.model"],
         ),
-        ({"tokenizer": "sentencepiece", "tokenizer_file": "good.txt"}, ["good.txt is no SentencePiece model"]),
-        ({"tokenizer": "sentencepiece", "tokenizer_file": "empty"}, ["empty is no SentencePiece model: it is empty"]),
+        ({"tokenizer": "sentencepiece", "tokenizer_file": "good.txt"}, ["good.txt is not a SentencePiece model"]),
+        (
+            {"tokenizer": "sentencepiece", "tokenizer_file": "empty"},
+            ["empty is not a SentencePiece model"],
+        ),
         ({"cache_dir": ""}, ["config.data.cache_dir is empty"]),
         ({"cache_dir": "gs://bucket/cache"}, ["gs://bucket/cache is an address: mount it and give the folder"]),
         ({"cache_dir": "good.txt"}, ["cannot write the token cache", "config.data.cache_dir"]),

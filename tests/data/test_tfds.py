@@ -185,8 +185,8 @@ def test_command_of_the_error_prepares_the_data_set(load, tmp_path):
         ("tfds:shelv", {}, ["unknown TFDS data set 'shelv': did you mean 'tfds:shelf'?", "shelf, tongues"]),
         ("tfds:pg91", {}, ["unknown TFDS data set 'pg91': did you mean 'tfds:pg19'?"]),
         ("tfds:qqqqqqqqq", {}, ["unknown TFDS data set 'qqqqqqqqq': TFDS has none of that name"]),
-        ("tfds:", {}, ["'tfds:' is no name of a TFDS data set", "tfds:wiki40b/en"]),
-        ("tfds:a/b/c", {}, ["is no name of a TFDS data set"]),
+        ("tfds:", {}, ["'tfds:' does not name a TFDS data set", "tfds:wiki40b/en"]),
+        ("tfds:a/b/c", {}, ["does not name a TFDS data set"]),
         ("tfd:pg19", {}, ["unknown config.data.source 'tfd:pg19'", "allowed are python, text, jsonl, tfds:NAME"]),
         *(
             (f"tfds:{name}", {}, [f"tfds:{name} is not prepared", f"tfds.builder('{name}', data_dir='", "array_record"])
@@ -207,7 +207,7 @@ def test_command_of_the_error_prepares_the_data_set(load, tmp_path):
             {},
             ["unknown config.data.validation_split 'validation'", "allowed are train", "empty to take documents out"],
         ),
-        ("tfds:shelf", {"train_split": "train[:"}, ["config.data.train_split 'train[:' is no split of shelf/1.9.0"]),
+        ("tfds:shelf", {"train_split": "train[:"}, ["config.data.train_split 'train[:' is not a split of shelf/1.9.0"]),
         ("tfds:shelf", {"train_split": "test[:10%]"}, ["config.data.train_split 'test[:10%]' holds no example"]),
         ("tfds:shelf", {"validation_split": "train[90%:]"}, ["is in both splits", "'train[90%:]'"]),
         ("tfds:shelf", {"train_split": "train+validation"}, ["is in both splits"]),

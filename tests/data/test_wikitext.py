@@ -144,7 +144,7 @@ def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch):
         builder.prepare("wikitext2", tmp_path / "tfds")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "tfds").exists()
-    for headers, said in (({"Content-Length": "8"}, "it ended after 4 of 8 bytes"), ({}, "it is no zip archive")):
+    for headers, said in (({"Content-Length": "8"}, "it ended after 4 of 8 bytes"), ({}, "it is not a zip archive")):
         monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(b"half"))
         monkeypatch.setattr(Response, "headers", headers)
         with pytest.raises(UserError, match=rf"{said}\): " + put):

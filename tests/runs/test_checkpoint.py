@@ -337,7 +337,7 @@ def test_a_save_that_fails_leaves_the_last_good_one_and_the_next_tries_again(tmp
         assert f"the checkpoint of update {step} could not be written (Failed to write" in line
         assert "File too large" in line
         assert "the newest is that of update 2" in line
-    assert first.endswith(": the run goes on")
+    assert first.endswith(": the run continues")
     assert last.endswith("; make room, and give the same command again")
 
 
@@ -360,7 +360,7 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path, warned):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["grad_norm"] for line in lines] == [None, None, None, None, 0.5]
     (said,) = warned()
-    assert "metrics of update 2 could not be written yet" in said
+    assert "metrics of update 2 are not written yet" in said
 
 
 def test_a_second_trainer_is_refused(tmp_path):

@@ -255,7 +255,7 @@ def test_a_run_past_the_start_of_its_trace_is_told_and_goes_on(tmp_path, caplog)
     profile.skip_before(first=4)
     assert not caplog.messages
     profile.skip_before(first=5)
-    assert caplog.messages == ["no trace: --profile_steps starts at update 5, and this run goes on after 5"]
+    assert caplog.messages == ["no trace: --profile_steps starts at update 5, and this run resumes after 5"]
     for step in (5, 6):
         profile.before(step)
         profile.after(step, jax.numpy.zeros(()))

@@ -193,7 +193,7 @@ def test_every_variant_of_the_paper_s_config_builds_its_shapes(method, suffix, l
 
 @pytest.mark.parametrize("name", ["", "v5e", "v5e:16x16x3", "v5e:", "v6e:2x2x1", "16x16", "v5p:4x4x4 "])
 def test_names_that_no_slice_has(name):
-    with pytest.raises(UserError, match=f"--topology={name} is no slice .*there are v5e:16x16, v5p:4x4x4"):
+    with pytest.raises(UserError, match=f"--topology={name} is not a slice .*there are v5e:16x16, v5p:4x4x4"):
         devices.topology(name)
 
 
@@ -225,4 +225,4 @@ def test_the_command_for_a_pod_that_is_not_there(tmp_path):
 
     ran = run(*config, "--topology=v5e:many")
     assert ran.returncode == 2
-    assert "error: --topology=v5e:many is no slice" in ran.stderr
+    assert "error: --topology=v5e:many is not a slice" in ran.stderr

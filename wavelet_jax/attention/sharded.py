@@ -37,7 +37,7 @@ def zigzag(length: int, shards: int) -> np.ndarray:
     0, 1, 2, ..
 
     Raises:
-      UserError: the length is no multiple of 2 n.
+      UserError: the length is not a multiple of 2 n.
     """
     if shards == 1:
         return np.arange(length, dtype=np.int32)

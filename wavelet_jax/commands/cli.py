@@ -47,7 +47,7 @@ def _parse(argv: list[str]) -> list[str]:
         argv = [_at_home(argument) for argument in argv]
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:
-            # A file that cannot be read, or that gives None, is told only when the config is first used.
+            # A file that cannot be read, or that gives None, is reported only when the config is first used.
             if not is_config_flag(flags.FLAGS[name]):
                 continue
             if not isinstance(flags.FLAGS[name].value, ConfigDict):
@@ -90,7 +90,7 @@ def variants(config: ConfigDict, flag: str) -> dict[str, ConfigDict]:
     """The configs of `config.compare.variants`, by name: variants of the flag's file, with the command line's changes.
 
     Raises:
-      UserError: what is named is no name, or is named twice; also what the file raises, where it knows no such variant.
+      UserError: an unknown name, or one that is named twice; also what the file raises, where it knows no such variant.
     """
     names = config.compare.variants
     if not names:

@@ -26,7 +26,7 @@ _raw: dict[str, "_Forgiving"] = {}  # by name, once they are protected
 class _Forgiving(io.RawIOBase):
     """Writes to a file descriptor; what cannot be written is dropped. `lost` is the first error, or None.
 
-    A reader that left before the end (EPIPE, as `| head` does) has what it wanted: that is no loss.
+    A reader that left before the end (EPIPE, as `| head` does) has what it wanted, so this is not an error.
     """
 
     def __init__(self, descriptor: int):

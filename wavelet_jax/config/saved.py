@@ -38,7 +38,7 @@ TYPES: dict[str, Any] = {
 
 
 def types(method: object) -> dict[str, Any]:
-    """`TYPES`, and those of the options of a position method; of none where there is no such method."""
+    """`TYPES`, and those of the options of a position method (no options for an unknown method)."""
     known = isinstance(method, str) and method in positions.METHODS
     options = positions.config(str(method)) if known else {"method": ""}
     own = {

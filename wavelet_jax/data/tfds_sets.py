@@ -128,11 +128,11 @@ def _open(config) -> Any:
 
 
 def _folder(config) -> Path:
-    """The folder of the data set, of its newest version where none is named."""
+    """The folder of the data set, of its newest version if the config names no version."""
     source = config.data.source
     if not (match := _NAME.fullmatch(source.removeprefix(PREFIX))):
         raise UserError(
-            f"config.data.source {source!r} is no name of a TFDS data set: write tfds:NAME or tfds:NAME/CONFIG, with "
+            f"config.data.source {source!r} does not name a TFDS data set: write tfds:NAME or tfds:NAME/CONFIG, with "
             ":VERSION where it matters, such as 'tfds:wiki40b/en:1.3.0'"
         )
     if not config.data.tfds_dir:
@@ -225,7 +225,7 @@ def _parts(info, split: str, key: str) -> list:
         parts = [part for part in info.splits[split].file_instructions if part.take]
     except Exception as error:  # a split that cannot be parsed, or ends past the last example
         raise UserError(
-            f"config.data.{key} {split!r} is no split of {info.full_name}: {error}".splitlines()[0]
+            f"config.data.{key} {split!r} is not a split of {info.full_name}: {error}".splitlines()[0]
         ) from error
     if not parts:
         raise UserError(f"config.data.{key} {split!r} holds no example of {info.full_name}")

@@ -101,7 +101,7 @@ class Word:
 class BPE:
     """Byte-level byte-pair encoding (as GPT-2's), and one id past its own for the end of a document.
 
-    The end is no token of the `tokenizers` model, so that no text can be mistaken for it.
+    The end is not a token of the `tokenizers` model, so that no text can be mistaken for it.
 
     A word, in the sense of GPT-2's rule for what is merged together, that is longer than 1,024 characters is read as
     several, each of 1,024 but the last: learning merges takes time that grows with the square of a word's length. Such
@@ -179,7 +179,7 @@ class BPE:
                 return
             if safe > first:
                 yield window[first:safe]
-            elif not first:  # white space at most, and then a word that goes on after the window
+            elif not first:  # white space at most, and then a word that continues after the window
                 begin = words[-1][0]
                 safe = begin + (len(window) - begin) // cls._WORD * cls._WORD
                 yield window[: begin + cls._WORD]
@@ -235,7 +235,7 @@ class SentencePiece:
                 raise ValueError("it is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{origin} is no SentencePiece model: {' '.join(str(error).split())}") from error
+            raise UserError(f"{origin} is not a SentencePiece model: {' '.join(str(error).split())}") from error
         self._bytes, self.vocab_size, self.end = model, self._model.get_piece_size(), self._model.eos_id()
         if self.end < 0:
             raise UserError(f"{origin} has no end of a document (</s>)")

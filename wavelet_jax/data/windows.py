@@ -21,7 +21,7 @@ class Windows:
 
     With the ends of documents, each token also comes with the number of its document, counted from the window's first;
     `training.make_train_step` keeps attention inside of each. Windows are full, and no text is left out or repeated: a
-    document that does not end with its window goes on in another, without what came before.
+    document that does not end with its window continues in another, without what came before.
 
     Attributes: num_windows, windows in an epoch; length, input tokens per window.
     """

@@ -52,7 +52,7 @@ def new_figure():
 def log_scale(axes, drawn: Sequence[float]) -> None:
     """A logarithmic axis: evenly spaced numbers where a decade is not reached, else 1, 2, 5 (or 1) of each decade.
 
-    `drawn` are its values; where none is finite, there is nothing to scale.
+    `drawn` are its values; if no value is finite, nothing is scaled.
     """
     if not np.isfinite(drawn).any():
         return

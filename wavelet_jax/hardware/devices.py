@@ -93,14 +93,14 @@ def count() -> int:
 def topology(name: str) -> list[Any]:
     """The devices of a TPU slice that is not there, to compile for: "v5e:16x16", "v5p:4x4x4".
 
-    Call it before anything asks JAX for its devices: JAX is told to leave those of this machine alone.
+    Call it before anything asks JAX for its devices: JAX is set to leave the devices of this machine alone.
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
     """
 
     def no_slice(reason: str) -> UserError:
-        return UserError(f"--topology={name} is no slice ({reason}): there are v5e:16x16, v5p:4x4x4")
+        return UserError(f"--topology={name} is not a slice ({reason}): there are v5e:16x16, v5p:4x4x4")
 
     # libtpu takes an empty name for another device, and a third dimension where chips lie in a plane.
     if not re.fullmatch(r"v[56]e:\d+x\d+|(?!v[56]e)\w+:\d+(x\d+)*", name):

@@ -14,7 +14,7 @@ class PositionAttention(nnx.Module):
         method = positions.make("wavelet", num_heads=8, head_dim=64)
         nnx.MultiHeadAttention(8, 512, attention_fn=PositionAttention(method), decode=False, rngs=rngs)
 
-    It is a part of the module that it is given to, and what the method learns lies in `attention_fn.position` there.
+    It is a part of the module that it is given to, and what the method learns is in `attention_fn.position` there.
     One instance given to several layers is one set of parameters for them all (as in T5), under `nnx.jit` and
     `nnx.split` as any shared NNX module is; `jax.jit` takes a module for a tree, where nothing is shared, and fails.
 

@@ -91,7 +91,7 @@ class AdaptiveVocabulary(nnx.Module):
     def losses(self, hidden: jax.Array, targets: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """-log p(target) in nats, float32, of hidden states [.., E] and targets [..].
 
-        The head's logits are there at once, and those of one tail. A tail that is no target's is not computed, which
+        The head's logits are there at once, and those of one tail. A tail that no target is in is not computed, which
         is decided while the program runs (`lax.cond`: a branch that is not taken costs no time, forward or backward):
         give neighbours in `cluster_of` together, as `training.token_losses` does, and most calls need no tail.
 

@@ -87,7 +87,7 @@ class Watch:
         now = time.monotonic()
         if ended := [number for number in self._others if self._signs.get(number) == _ENDED]:
             self._ended = self._ended or now
-            if now - self._ended > _GRACE * self._beat_every:  # an error that all have is told by each of them
+            if now - self._ended > _GRACE * self._beat_every:  # each reports an error that all have
                 self.close()
                 self._leave(f"process {ended[0]} of {len(self._others) + 1} ended with an error: see its output")
             return

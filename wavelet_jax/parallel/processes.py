@@ -183,7 +183,7 @@ def end(code: int) -> NoReturn:
     """Leaves at once with an exit code, after an error.
 
     An ordinary end would wait: for threads of a save that failed, which wait for it for ever, and for other processes,
-    which wait for this one. Those are told.
+    which wait for this one; they are informed.
     """
     if _watch is not None:
         _watch.say_ended()
@@ -197,7 +197,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def wait_for_verdict() -> None:
-    """After an error of JAX: leaves with code 2 and one line where another process is gone; returns where none is."""
+    """After an error of JAX: if another process is gone, exits with code 2 and one line; otherwise returns."""
     if _watch is not None:
         _watch.wait()
 

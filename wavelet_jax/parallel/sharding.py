@@ -45,7 +45,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
 
 
 def mesh_shape(config: ConfigDict, count: int) -> dict[str, int]:
-    """{axis: size} for so many devices, in the order of `AXES`; errors as `make_mesh`."""
+    """{axis: size} for this number of devices, in the order of `AXES`; errors as `make_mesh`."""
     sizes = {
         "data": config.mesh.data,
         "fsdp": config.mesh.fsdp,

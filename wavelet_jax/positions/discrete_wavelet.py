@@ -17,7 +17,7 @@ class DiscreteWavelet:
     """score += q . p[t], Eq. (10), where p is looked up among PyWavelets' samples; one fixed table for all heads.
 
     The samples are no smooth function of t, and at the paper's levels they reach far: 2^8 (N - 1) tokens and the shift,
-    783 for db2, 15,631 for dmey, 16,143 for db32, 24,335 for coif16. `attention.tiled` carries them as exactly as the
+    783 for db2, 15,631 for dmey, 16,143 for db32, 24,335 for coif16. `attention.tiled` computes them as exactly as the
     smooth wavelets, in memory linear in length, but by the near form over all of that: a second product per tile, as
     for learned tables. Kernels refuse them where they reach past a band.
 
@@ -42,7 +42,7 @@ class DiscreteWavelet:
         check_options("discrete_wavelet", self, num_levels=HEADS, first_level=levels)
         if self.t_sign not in T_SIGNS:
             raise unknown("t_sign", self.t_sign, T_SIGNS)
-        discrete.support(**self._columns())  # raises for what there is not
+        discrete.support(**self._columns())  # raises for a wavelet or level that does not exist
 
     def _columns(self) -> dict:
         levels, shifts = discrete.level_shift_grid(self.head_dim, self.num_levels, self.first_level)

@@ -123,11 +123,11 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, *, windows: int,
     except Exception as error:
         failures.append(_failed(manager, step, error))
     for failure in filter(None, failures):
-        logging.warning("%s: the run goes on", failure)
+        logging.warning("%s: the run continues", failure)
 
 
 def wait(manager: ocp.CheckpointManager, step: int) -> None:
-    """Waits for what is written in the background. Raises `UserError` where there is no checkpoint of `step` then."""
+    """Waits for what is written in the background. Raises `UserError` if there is then no checkpoint of `step`."""
     failure = _settle(manager)
     if step not in _steps(Path(manager.directory)):
         failure = failure or f"the checkpoint of update {step} could not be written"
@@ -143,7 +143,7 @@ def restore(workdir: Path, abstract_state: Any, *, fingerprint: str) -> tuple[An
 
     Raises:
       UserError: the corpus is not the one that the run has read; the checkpoint's arrays are not those of
-        `abstract_state`; there are checkpoints and none is sound (all are left where they are).
+        `abstract_state`; there are checkpoints, none of them intact (all are left in place).
     """
     folder = _folder(workdir)
     step, damaged = _newest_sound(folder)
@@ -196,7 +196,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _count(folder: Path) -> None:
-    """Removes what says that there is no checkpoint yet, where there is one."""
+    """Removes the marker of a run without a checkpoint, once there is one."""
     if _steps(folder):
         (folder / _NONE_YET).unlink(missing_ok=True)
 

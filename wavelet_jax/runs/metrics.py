@@ -69,7 +69,7 @@ class MetricsLog:
                 writer.write(step, finite)
         except OSError as error:
             if not self._warned:
-                logging.warning("the metrics of update %d could not be written yet (%s): the run goes on", step, error)
+                logging.warning("the metrics of update %d are not written yet (%s): the run continues", step, error)
             self._warned = True
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ class Profile:
       steps: "START:STOP", the first and the last update to trace; None for no trace.
 
     Raises:
-      UserError: steps that are no such thing, or that no run of `last` updates comes to.
+      UserError: steps that are not a range FIRST:LAST, or that a run of `last` updates never reaches.
     """
 
     def __init__(self, folder: Path, steps: str | None, last: int):
@@ -40,14 +40,14 @@ class Profile:
         self._steps = _parse(steps, last) if steps is not None else None
 
     def skip_before(self, first: int) -> None:
-        """For a run that has made `first` updates: without a trace, which is said, where it is past its start.
+        """For a run that has made `first` updates: past the start of the trace there is none, which is reported.
 
         The command that a scheduler gives once more is the one that began the trace.
         """
         if self._steps and self._steps[0] <= first:
             start, self._steps = self._steps[0], None
             logging.warning(
-                "no trace: --profile_steps starts at update %d, and this run goes on after %d", start, first
+                "no trace: --profile_steps starts at update %d, and this run resumes after %d", start, first
             )
 
     def before(self, step: int) -> None:

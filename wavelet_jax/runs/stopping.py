@@ -56,7 +56,7 @@ class Stop:
 
     def _came(self, signum: int) -> None:
         if self._heard or not self._held:
-            why = "a second signal" if self._heard else "there is nothing to save; the same command goes on"
+            why = "a second signal" if self._heard else "there is nothing to save; the same command starts again"
             print(f"\n{_name(signum)}: {why}", file=sys.stderr, flush=True)
             os._exit(128 + signum)  # as a kill, which every file of a run has to stand anyway
         self._heard = signum

@@ -74,7 +74,7 @@ def train(
             _announce(config, workdir, state, corpus, windows)
         state = _updates(config, state, position, train_step, tools, stop, corpus.fingerprint)
         checkpoint.wait(tools.manager, int(state.step))
-    stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command goes on")
+    stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command resumes the run")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:

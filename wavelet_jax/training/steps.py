@@ -32,7 +32,7 @@ class State:
     params: dict[str, Any]  # the pure tree of the decoder's parameters, float32
     opt_state: optax.OptState
     skipped: jax.Array  # of these updates, those that were not finite and so changed nothing else, int32
-    skipped_in_a_row: jax.Array  # the last so many updates, int32
+    skipped_in_a_row: jax.Array  # consecutive skipped updates up to now, int32
 
 
 def token_losses(

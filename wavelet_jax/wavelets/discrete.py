@@ -70,7 +70,7 @@ def samples(wavelet: str, level: int, sampling: str = "level") -> np.ndarray:
       sampling: "level" or "fine", as said above.
 
     Raises:
-      UserError: unknown wavelet or sampling, or a level that there is not.
+      UserError: an unknown wavelet or sampling, or a level that does not exist.
     """
     import pywt
 
@@ -160,7 +160,7 @@ def discrete_position(
       [..., D] float32.
 
     Raises:
-      UserError: an unknown name, a level that there is not, levels and shifts of different or wrong shapes, or
+      UserError: an unknown name, a level that does not exist, levels and shifts of different or wrong shapes, or
         distances, levels or shifts that are not integers, or distances past int32 (traced ones wrap around).
     """
     if t_sign not in T_SIGNS:

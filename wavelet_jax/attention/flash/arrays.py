@@ -61,7 +61,7 @@ class Layout:
       band: key tiles of the local band (before, after) those at the query tile's own positions.
       reach: key tiles of the far form (before, after) the local band.
       first_key, end_key: the keys that are no padding, as padded indices.
-      ragged: whether a query (that is no padding) may see a key that is padding unless the kernel hides it.
+      ragged: whether a query (that is not padding) may see a key that is padding unless the kernel hides it.
       causal: a query sees keys at its own position and before: none past its tile's local band.
       scale: 1 / sqrt(D).
     """

@@ -8,7 +8,7 @@ come in five runs, each of one kind,
     plain, far [start - far_before, start), near [start, start + W), far [start + W, start + W + far_after), plain
 
 the last two only where not causal. A run is a loop with nothing in it that its kind does not need. Blocks of BLOCK_M
-rows and BLOCK_N keys divide U and V, so that none is of two kinds. Scores and sums are float32, exponentials are to
+rows and BLOCK_N keys divide U and V, so that no tile mixes two kinds. Scores and sums are float32, exponentials are to
 base 2, and nothing is added by atomics: two calls are equal bit for bit.
 
 Arguments: arrays [B x heads, length, columns], contiguous (`basis` [tiles x V, R]; a part that the terms do not have is

@@ -190,7 +190,7 @@ def _separate(entries, distances: np.ndarray, rows: int, tolerance: float) -> tu
     # The columns first: few are left away from the diagonal. The two steps share the tolerance.
     low, high = int(distances.min()), int(distances.max())
     values, project = _truncate(entries(high + rows - 1, low)[::-1], tolerance / 4)  # values[i] is of low + i
-    if values.shape[1] > MAX_FAR_RANK:  # and the far rank is no smaller
+    if values.shape[1] > MAX_FAR_RANK:  # and the far rank is not smaller
         return None
     step = 1 if distances[0] == low else -1
 

@@ -61,7 +61,7 @@ class Geometry:
     def has_outer(self, side: int) -> bool:
         """Whether any query tile sees key tiles outside its local tile, before it (side 0) or after it (side 1).
 
-        A loop over none is left out of the program: its slices, which never run, would still have to fit into the
+        An empty loop is left out of the program: its slices, which never run, would still have to fit into the
         padded keys.
         """
         reach = self.sizes.band if side == 0 else self.after

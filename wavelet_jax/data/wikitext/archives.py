@@ -104,7 +104,7 @@ def fetch(name: str, folder: Path) -> Path:
             if expected and partial.stat().st_size != expected:
                 raise OSError(f"it ended after {partial.stat().st_size:,} of {expected:,} bytes")
             if not zipfile.is_zipfile(partial):
-                raise OSError("it is no zip archive")
+                raise OSError("it is not a zip archive")
     except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
         raise UserError(f"cannot download {address} ({error}): {instructions(name, folder)}") from error
     return archive
@@ -114,8 +114,8 @@ def check(name: str, archive: Path) -> None:
     """Reads all of an archive and compares it with the published figures.
 
     Raises:
-      UserError: a file that is no whole zip archive, has no such members, holds other than UTF-8, or has other numbers
-        of tokens or words; says what was found and what was expected.
+      UserError: a file that is not a complete zip archive, lacks these members, is not UTF-8, or has other numbers of
+        tokens or words; says what was found and what was expected.
     """
     expected = published(name)
     with _readable(archive), zipfile.ZipFile(archive) as file:
