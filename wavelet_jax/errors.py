@@ -12,11 +12,16 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> UserError:
-    """A `UserError` for `name`, which is no `kind` (say "position method"), with the nearest of `allowed`."""
+    """A `UserError` for `name`, which is not a `kind` (say "position method"), with the nearest of `allowed`."""
     names = list(allowed)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names)
+    hint = f"did you mean {near!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}allowed are {', '.join(names) or 'none'}")
+
+
+def nearest(name: object, names: Iterable[str]) -> str | None:
+    """The name most like the given one; None if none is like it."""
+    return next(iter(difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)), None)
 
 
 def one_line(error: Exception) -> str:

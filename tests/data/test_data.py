@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax.data import Windows, corpus, file_digests, load_corpus, notes, sources, tokenizers
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import locks as file_locks
 
 # Twelve documents of one line each; which of them are validation at a fraction of 0.3 was written down once.
 WORDS = ["quick", "brown", "lazy", "red", "grey", "sly"]
@@ -884,7 +885,7 @@ def test_several_builders_at_once(load, lines, builds, monkeypatch, locks):
         def refuse(file, operation):
             raise OSError("no locks here")
 
-        monkeypatch.setattr(corpus.fcntl, "flock", refuse)
+        monkeypatch.setattr(file_locks.fcntl, "flock", refuse)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         runs = [pool.submit(load, train_files=lines, document="line") for _ in range(8)]
         loaded = [run.result() for run in runs]

@@ -4,11 +4,10 @@
 uses what the libraries said only where it finds none.
 """
 
-import difflib
 import re
 import runpy
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -18,7 +17,7 @@ from ml_collections.config_flags.config_flags import is_config_flag
 
 from wavelet_jax import positions
 from wavelet_jax.config.keys import flatten
-from wavelet_jax.errors import UserError
+from wavelet_jax.errors import UserError, nearest
 
 # Keys that cannot be set, and what is set instead.
 NOT_SET = {
@@ -88,7 +87,8 @@ def check_key(config: ConfigDict, key: str, value: str | None, flag: str = "conf
     if key not in there and section == "position" and option_of_another(config, option):
         raise positions.unknown_option(config.position.method, option)
     if key not in there:
-        hint = "".join(f": did you mean {near!r}?" for near in _nearest(key, keys))
+        near = nearest(key, keys)
+        hint = f": did you mean {near!r}?" if near else ""
         if isinstance(there.get(section), ConfigDict):
             hint += f"{'' if hint else ':'} {section} has {', '.join(there[section])}"
         raise UserError(f"unknown config key {key!r}{hint or ': its sections are ' + ', '.join(config)}")
@@ -133,7 +133,8 @@ def _check_config_flag(name: str, argv: Sequence[str]) -> None:
 def _check_names(error: Exception) -> None:
     """Raises `UserError` where the error is that of a flag that does not exist."""
     if isinstance(error, flags.UnrecognizedFlagError):
-        near = "".join(f": did you mean --{name}?" for name in _nearest(error.flagname, flags.FLAGS))
+        name = nearest(error.flagname, flags.FLAGS)
+        near = f": did you mean --{name}?" if name else ""
         raise UserError(f"unknown flag --{error.flagname}{near or ': --help lists those that there are'}") from error
 
 
@@ -148,11 +149,6 @@ def _in_config(file: str, error: Exception) -> UserError:
     if option and (owners := [name for name in positions.METHODS if option[1] in positions.config(name)]):
         said += f" ({option[1]} is an option of {', '.join(owners)})"
     return UserError(f"the config file {file}{line}: {type(error).__name__}{': ' * bool(said)}{said}")
-
-
-def _nearest(name: str, names: Iterable[str]) -> list[str]:
-    """The name most like the given one, if one is; of equal ones that which ends alike."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
 
 
 def _parses(kind: str, value: str) -> bool:

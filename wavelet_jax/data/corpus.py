@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,7 +24,7 @@ from absl import logging
 from wavelet_jax.data import file_digests, sources, tfds_sets, tokenizers
 from wavelet_jax.data.notes import Notes
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import atomic
+from wavelet_jax.files import atomic, locks
 from wavelet_jax.files.reading import read_json, user_path
 from wavelet_jax.parallel import processes
 
@@ -348,14 +347,8 @@ def _remove_leftovers(cache: Path, held_key: str | None) -> None:
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Holds the lock of a file, which the kernel drops when its holder dies; False where it cannot be had."""
     with atomic.open_kept(path, "ab") as file:
-        held = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = wait
-            if wait:
-                logging.info("another process tokenizes this corpus: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            held = False  # a file system without locks: several may build, and the first rename wins
-        yield held
+        held = locks.lock(file)
+        if held is False and wait:
+            logging.info("another process tokenizes this corpus: waiting for it")
+            held = locks.lock(file, wait=True)
+        yield held is True  # without locks several may build, and the first rename wins

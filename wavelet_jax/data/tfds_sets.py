@@ -4,7 +4,6 @@ Reading them needs no TensorFlow, no network and not the code that prepared them
 """
 
 import contextlib
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wavelet_jax.data.notes import Notes, count_replaced
-from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.errors import UserError, nearest, unknown
 from wavelet_jax.files.reading import MissingFile, user_path
 
 PREFIX = "tfds:"
@@ -193,10 +192,8 @@ def _check_known(config, name: str) -> None:
     prepared |= {path.parent.parent.name for path in _versions(_root(config), os.path.join("*", "*"))}
     known = prepared.union(OWN, tfds.list_builders(with_community_datasets=False))
     if name not in known:
-        near = difflib.get_close_matches(
-            name, sorted(known), n=1, cutoff=0.5
-        )  # of a thousand, which would not fit a line
-        hint = f"did you mean {PREFIX + near[0]!r}?" if near else "TFDS has none of that name"
+        near = nearest(name, sorted(known))  # all of them, a thousand, would not fit a line
+        hint = f"did you mean {PREFIX + near!r}?" if near else "TFDS has none of that name"
         there = f"prepared in {_root(config)}: {', '.join(sorted(prepared)) or 'none'}"
         raise UserError(f"unknown TFDS data set {name!r}: {hint} ({there})")
 

@@ -17,7 +17,7 @@ from wavelet_jax.evaluation import prefill
 from wavelet_jax.evaluation.prefill import Pace, Program
 from wavelet_jax.hardware import memory
 from wavelet_jax.parallel import processes, sharding
-from wavelet_jax.runs import checkpoint, directory
+from wavelet_jax.runs import checkpoint, directory, throughput
 from wavelet_jax.training import steps
 
 
@@ -154,15 +154,10 @@ def table(jobs: Sequence[Job], num_targets: int) -> str:
     lines = [f"forecast, {num_targets:,} tokens scored at every length:"]
     for job in jobs:
         longest = max(work.length for work in job.work.values())
-        lines.append(f"  {job.label:{names}}{_duration(job.seconds()):>12}  {memory.shown(job.bytes)} at {longest:,}")
+        lines.append(
+            f"  {job.label:{names}}{throughput.duration(job.seconds()):>12}  {memory.shown(job.bytes)} at {longest:,}"
+        )
     most = memory.shown(max(job.bytes for job in jobs))
-    total = _duration(sum(job.seconds() for job in jobs))
+    total = throughput.duration(sum(job.seconds() for job in jobs))
     lines.append(f"  in all {total}, at most {most} of the {memory.shown(limit)} of {owner}")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    """'45 s', '12 min' or '3.4 h'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -7,7 +7,6 @@ one that writes to the same place removes it: the kernel lets go of a dead proce
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import locks
 
 _TEMPORARY = ".partial-"  # a temporary folder's name begins so
 
@@ -110,11 +110,6 @@ def _locked(folder: Path, wait: bool) -> Iterator[bool]:
         yield False
         return
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except OSError:
-            held = False
-        yield held
+        yield locks.lock(descriptor, wait=wait) is True
     finally:
         os.close(descriptor)

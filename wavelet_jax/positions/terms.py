@@ -20,27 +20,29 @@ class Terms:
 
     with q and k rotated first, and position arithmetic in float32 whatever the model computes in. Functions take
     positions or distances, never a length, so caches, packed documents and unseen lengths use the same code.
+
+    Attributes:
+      embed: positions [...] -> [..., d_model], added to the token embedding (sinusoidal, learned).
+      rotate: (x [B, T, H, D], positions [T] or [B, T]) -> x, applied to queries and keys (RoPE).
+      relative_keys: distances [...] -> [..., D] or [H, ..., D] (wavelet, Shaw, Transformer-XL).
+      relative_values: distances [...] -> [..., D] or [H, ..., D] (Shaw's value side).
+      content_bias, position_bias: [H, D] each: u and v of Transformer-XL.
+      bias: distances [...] -> [H, ...] (ALiBi, T5).
+      support: distance in tokens past which `relative_keys` is below the method's stated tolerance; None: not bounded.
+      max_positions: positions from here on are refused (learned positions past their table); None: any position.
+      num_heads, head_dim: H and D, the query heads and the head size that the method was made for; attention refuses
+        queries of others. None (terms of your own, say): checked only against the shapes of the other fields.
     """
 
-    # positions [...] -> [..., d_model], added to the token embedding (sinusoidal, learned)
     embed: Callable[[jax.Array], jax.Array] | None = None
-    # (x [B, T, H, D], positions [T] or [B, T]) -> x, applied to queries and keys (RoPE)
     rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    # distances [...] -> [..., D] or [H, ..., D] (wavelet, Shaw, Transformer-XL)
     relative_keys: Callable[[jax.Array], jax.Array] | None = None
-    # distances [...] -> [..., D] or [H, ..., D] (Shaw's value side)
     relative_values: Callable[[jax.Array], jax.Array] | None = None
-    # [H, D] each: u and v of Transformer-XL
     content_bias: jax.Array | None = None
     position_bias: jax.Array | None = None
-    # distances [...] -> [H, ...] (ALiBi, T5)
     bias: Callable[[jax.Array], jax.Array] | None = None
-    # distance in tokens past which relative_keys is below the method's stated tolerance; None: not bounded
     support: int | None = None
-    # positions from here on are refused (learned positions past their table); None: any position
     max_positions: int | None = None
-    # H and D, the query heads and the head size that the method was made for: attention refuses queries of others.
-    # None (terms of your own, say): not checked beyond the shapes that the other fields have
     num_heads: int | None = None
     head_dim: int | None = None
 

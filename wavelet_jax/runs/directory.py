@@ -1,7 +1,6 @@
 """A run's directory beside its checkpoints: the config it was made with, its metrics, and its lock."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 from wavelet_jax.config import saved
 from wavelet_jax.config.keys import json_values
 from wavelet_jax.errors import UserError, check_local
-from wavelet_jax.files import atomic, reading
+from wavelet_jax.files import atomic, locks, reading
 from wavelet_jax.parallel import processes
 from wavelet_jax.ranges import Range
 
@@ -117,14 +116,10 @@ def locked(workdir: Path) -> Iterator[None]:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     with atomic.open_kept(workdir / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if locks.lock(file) is False:
             file.seek(0)
             holder = file.read().strip() or "a process that has just started"
-            raise UserError(f"{workdir} is being trained by {holder}: wait for it, or use another --workdir") from error
-        except OSError:
-            pass
+            raise UserError(f"{workdir} is being trained by {holder}: wait for it, or use another --workdir")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -121,3 +121,11 @@ class Meter:
 
     def close(self) -> None:
         self._waiting.shutdown(wait=False, cancel_futures=True)
+
+
+def duration(seconds: float) -> str:
+    """'45.2 s', '12.3 min', '3.4 h' or '12 days'."""
+    for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
+        if seconds < 100 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:.3g} days"

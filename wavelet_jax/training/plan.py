@@ -271,14 +271,6 @@ def table(
         f"  {'seconds':18}{seconds:>12.3g}  estimated, at {utilization:.0%} of {peak / 1e12:,.4g} TFLOP/s per device "
         f"({whose})",
         f"  {'tokens per second':18}{windows * length / seconds:>12,.0f}  estimated; "
-        f"{config.train.steps:,} updates would take {_duration(config.train.steps * seconds)}",
+        f"{config.train.steps:,} updates would take {throughput.duration(config.train.steps * seconds)}",
     ]
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    """'45 s', '12 min', '3.4 h' or '12 days'."""
-    for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
-        if seconds < 100 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:.3g} days"
