@@ -266,27 +266,12 @@ def test_compiled_kernels_fit_the_gpu(arch, dtype):
         assert row["wgmma" if (arch, dtype) == (90, "bfloat16") else "mma"] > 0, row  # on matrix units
 
 
-LOWER = """
-import jax
-import jax.numpy as jnp
-from wavelet_jax import positions
-from wavelet_jax.attention import attention
-from wavelet_jax.attention.flash import gpu
-gpu.gpu_capability = lambda: (9, 0)
-terms = positions.make("wavelet", num_heads=2, head_dim=64).terms({})
-query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
-run = lambda *x: jax.vjp(lambda *y: attention(*y, terms, backend="triton_gpu"), *x)[1](x[0])
-lowered = jax.jit(run).trace(query, query, query).lower(lowering_platforms=("cuda",))
-print(lowered.as_text().count("@triton_kernel_call"))
-"""
-
-
 @slow
 @needs_triton
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin (no GPU)")
 def test_a_jitted_program_for_cuda_holds_the_three_kernels():
     pytest.importorskip("jax_triton")
-    assert outside("-W", "error", "-c", LOWER).split() == ["3"]
+    assert outside("-W", "error", "tests/programs/lower_for_cuda.py").split() == ["3"]
 
 
 # -- who takes a call ---------------------------------------------------------------------------------------------

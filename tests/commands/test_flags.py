@@ -2,30 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from support.project import ROOT
-
-# Each parsed as by `train.py`, in one process: starting one for each takes seconds.
-PARSE = """
-import json, sys
-sys.argv = ["train.py"]
-import train
-from absl import flags
-from wavelet_jax.commands import cli
-from wavelet_jax.errors import UserError, one_line
-
-for arguments in json.load(sys.stdin):
-    sys.argv = ["train.py", *arguments]
-    flags.FLAGS.unparse_flags()
-    try:
-        cli._parse(sys.argv)
-        print(json.dumps(None))
-    except UserError as error:
-        print(json.dumps(one_line(error)))
-"""
+from support.project import ROOT, program, run
 
 SMOKE = f"--config={ROOT}/configs/smoke.py:rope"
 FILES = {
@@ -119,9 +98,9 @@ def folder(tmp_path_factory):
 
 
 def test_what_is_wrong_with_a_command_line(folder):
+    # All by one process: starting one for each takes seconds.
     lines = [[argument.replace("FOLDER", str(folder)) for argument in arguments] for arguments, _ in CASES]
-    command = [sys.executable, "-c", PARSE]
-    out = subprocess.run(command, cwd=ROOT, input=json.dumps(lines), capture_output=True, text=True, check=False)
+    out = run(program("parse_flags"), input=json.dumps(lines))
     assert out.returncode == 0, out.stderr
     answers = [json.loads(line) for line in out.stdout.splitlines()]
     for (arguments, expected), said in zip(CASES, answers, strict=True):

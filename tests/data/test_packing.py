@@ -1,7 +1,6 @@
 """Packed documents: windows against a loop, losses against each document alone, runs; and reading ahead."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import optax
 import pytest
 from flax import nnx
 from support.compilation import quick_jit
-from support.project import ROOT
+from support.packed import documents, one_layer, packed_batch
+from support.project import ROOT, program, run
 
 from wavelet_jax.data import Windows, read_ahead, train_windows
 from wavelet_jax.data.corpus import Corpus
@@ -27,12 +27,6 @@ from wavelet_jax.runs.metrics import read_metrics
 from wavelet_jax.training import steps
 
 VOCAB = 257
-
-
-def documents(rng: np.random.Generator, lengths) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, ends) of documents of these lengths, each closed by 256."""
-    texts = [np.append(rng.integers(0, 256, length - 1), 256) for length in lengths]
-    return np.concatenate(texts).astype(np.uint16), np.cumsum(lengths)
 
 
 def pieces(packed: np.ndarray) -> list[np.ndarray]:
@@ -87,19 +81,6 @@ def test_unknown_packing(small_config):
 
 
 # Losses
-
-
-def one_layer(small_config, method: str = "wavelet"):
-    """A packed run's config that compiles fast."""
-    config = small_config(method)
-    config.data.packing, config.model.num_layers = "documents", 1
-    return config
-
-
-def packed_batch(config, lengths, size: int) -> np.ndarray:
-    tokens, ends = documents(np.random.default_rng(1), lengths)
-    windows = Windows(tokens, config.train.length, 0, ends)
-    return windows.batch(0, size)
 
 
 @pytest.mark.parametrize(
@@ -186,35 +167,12 @@ def test_windows_without_a_counted_target_change_nothing(small_config):
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
-DEVICES = """
-import json, sys, jax, numpy as np
-sys.path[:0] = ["tests/data", "tests"]
-from configs import smoke
-from test_packing import one_layer, packed_batch
-from wavelet_jax.parallel import sharding
-from wavelet_jax.training import steps
-
-config = one_layer(smoke.get_config)
-config.mesh.update(data=-1, fsdp=int(sys.argv[1]), context=int(sys.argv[2]))
-config.train.update(batch_size=16, accumulation=2)
-mesh = sharding.make_mesh(config)
-graphdef, state, _ = steps.init(config, 257, mesh)
-train_step = jax.jit(steps.make_train_step(config, graphdef, mesh))
-windows = packed_batch(config, [2] * 200 + [300] * 3, 16).reshape(steps.batch_shape(config))
-for _ in range(5):
-    state, metrics = train_step(state, jax.device_put(windows, sharding.batch_sharding(mesh, leading=1)))
-    print(json.dumps(float(metrics["loss"])))
-"""
-
-
 @pytest.mark.slow
 def test_packed_update_on_eight_devices():
     """Devices differ in how many of their targets count; sums over them are taken in another order, which rounds."""
 
     def losses(devices: int, fsdp: int, context: int) -> list[float]:
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", DEVICES, str(fsdp), str(context)]
-        out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        out = run(program("packed_losses", fsdp, context), devices=devices)
         assert out.returncode == 0, out.stderr
         return [json.loads(line) for line in out.stdout.splitlines()]
 

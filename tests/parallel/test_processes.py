@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from support.project import ROOT, free_port
+from support.project import ROOT, environment, free_port, program
 
 from wavelet_jax.data import Windows
 from wavelet_jax.errors import UserError
@@ -52,25 +52,12 @@ def test_whose_gpus_a_process_sees(environment, shared):
     assert processes.shares_gpus(environment) == shared
 
 
-UNDER_SLURM = """
-import os
-import jax
-from wavelet_jax.parallel import processes
-
-for os.environ["SLURM_STEP_NUM_TASKS"] in ("1", "8"):
-    processes.start(None, None, None, True)
-    print(jax.config._read("jax_cuda_visible_devices"))
-    jax.distributed.shutdown()
-"""
-
-
 def test_a_task_takes_the_gpus_of_its_node_or_one_of_them():
     """JAX joins SLURM's step of one task; we are told that it is the one of its node, then one of eight."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "1"}
     slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(free_port())}
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | slurm
-    code = [sys.executable, "-c", UNDER_SLURM]
-    out = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    variables = {name: value for name, value in environment(**slurm).items() if name != "CUDA_VISIBLE_DEVICES"}
+    out = subprocess.run(program("join_slurm"), cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == ["all", "0"]
 
@@ -229,20 +216,10 @@ def test_a_run_that_was_frozen_as_a_whole_goes_on(watches):
     assert said == {0: [], 1: [], 2: []}
 
 
-WAITING = """
-import sys, time
-from wavelet_jax.commands import terminal
-from wavelet_jax.parallel import processes
-terminal.protect()
-processes.start(sys.argv[1], 2, int(sys.argv[2]), None, join_timeout=float(sys.argv[3]), peer_timeout=8)
-print("up", flush=True)
-time.sleep(600)
-"""
-
-
 def waiting(port: int, number: int, join_timeout: float) -> subprocess.Popen:
-    each = [sys.executable, "-c", WAITING, f"localhost:{port}", str(number), str(join_timeout)]
-    return subprocess.Popen(each, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    each = program("wait_for_others", f"localhost:{port}", number, join_timeout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(each, cwd=ROOT, env=environment(), **pipes)
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -1,55 +1,17 @@
 """The mesh, the rules, and that a run computes the same on one device and on eight virtual ones."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from support.project import ROOT
+from support.project import program, run
 
 from configs import smoke
 from wavelet_jax.errors import UserError
 from wavelet_jax.parallel import sharding
 from wavelet_jax.training import steps
-
-# A run on each mesh: losses of its updates, the share of the parameters that a device holds, and at the end the loss of
-# every target of a batch, by the evaluation step.
-LOSSES = """
-import json, sys, jax, numpy as np
-sys.path.append("tests")
-from support import compilation
-from configs import smoke
-from wavelet_jax.parallel import sharding
-from wavelet_jax.training import steps
-
-method, count, dropout, changes, shapes = json.loads(sys.argv[1])
-tokens = np.random.default_rng(0).integers(0, 257, (count, 2, 8, 65)).astype(np.int32)
-for shape in shapes:
-    config = smoke.get_config(method)
-    config.mesh.update(shape)
-    config.train.update(batch_size=16, accumulation=2, logits_chunk=128)
-    config.model.update(dropout=dropout, num_layers=1, num_heads=4, num_kv_heads=2)
-    for key, value in changes.items():
-        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
-    mesh = sharding.make_mesh(config)
-    graphdef, state, abstract_state = steps.init(config, 257, mesh)
-    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract_state), strict=True):
-        assert leaf.sharding == wanted.sharding
-    train_step = jax.jit(steps.make_train_step(config, graphdef, mesh), compiler_options=compilation.OPTIONS)
-    losses = []
-    for batch in tokens:
-        state, metrics = train_step(state, jax.device_put(batch, sharding.batch_sharding(mesh, leading=1)))
-        losses.append(float(metrics["loss"]))
-    eval_step = jax.jit(steps.make_eval_step(config, graphdef, mesh), compiler_options=compilation.OPTIONS)
-    by_token = eval_step(state.params, jax.device_put(tokens[0, 0], sharding.batch_sharding(mesh)))
-    whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
-    print(json.dumps({"losses": losses, "held": held / whole, "by_token": np.asarray(by_token).tolist()}))
-"""
 
 ONE = {"data": -1}
 
@@ -63,9 +25,7 @@ TARGET_ROUNDING = 1.6e-5
 
 
 def losses(devices: int, method: str, steps: int, dropout: float, changes: dict, *shapes: dict[str, int]) -> list[dict]:
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-c", LOSSES, json.dumps([method, steps, dropout, changes, shapes])]
-    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    out = run(program("mesh_losses", json.dumps([method, steps, dropout, changes, shapes])), devices=devices)
     assert out.returncode == 0, out.stderr
     return [json.loads(line) for line in out.stdout.splitlines()]
 
@@ -81,11 +41,11 @@ def compare(
     (one,), runs = losses(1, method, steps, dropout, changes, ONE), losses(8, method, steps, dropout, changes, *shapes)
     assert len(runs) == len(shapes)
     assert one["losses"][-1] < one["losses"][0]
-    for shape, run in zip(shapes, runs, strict=True):
-        np.testing.assert_allclose(run["losses"], one["losses"], rtol=ROUNDING, err_msg=str(shape))
+    for shape, there in zip(shapes, runs, strict=True):
+        np.testing.assert_allclose(there["losses"], one["losses"], rtol=ROUNDING, err_msg=str(shape))
         # Losses of targets differ by far more than this: they stand in the order of the text.
-        np.testing.assert_allclose(run["by_token"], one["by_token"], rtol=TARGET_ROUNDING, err_msg=str(shape))
-    return [run["held"] for run in runs]
+        np.testing.assert_allclose(there["by_token"], one["by_token"], rtol=TARGET_ROUNDING, err_msg=str(shape))
+    return [there["held"] for there in runs]
 
 
 @pytest.mark.slow

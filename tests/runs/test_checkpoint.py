@@ -1,7 +1,6 @@
 """Checkpoints that are damaged in every way, saves that fail, the lock, and the guards."""
 
 import logging
-import os
 import re
 import resource
 import shutil
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.compilation import quick_jit
-from support.project import ROOT, free_port
+from support.project import ROOT, environment, free_port, program, run
+from support.states import FINGERPRINT, abstract, flip, make_state, restore, same
 
 from configs import smoke
 from wavelet_jax.errors import UserError
@@ -24,24 +24,7 @@ from wavelet_jax.runs import checkpoint, checksums, directory, guards
 from wavelet_jax.runs.metrics import MetricsLog, read_metrics
 from wavelet_jax.training import steps
 
-FINGERPRINT = "f" * 64
 PACKAGE = Path(checkpoint.__file__).parent
-
-
-def make_state(step: int) -> steps.State:
-    """A state of a few arrays, all of whose numbers tell the step; large enough for files of their own."""
-    rng = np.random.default_rng(step)
-    arrays = {name: jnp.asarray(rng.normal(size=(64, 40)), jnp.float32) for name in ("kernel", "embedding")}
-    moments = ({"mu": jax.tree.map(lambda x: x * 2, arrays), "count": jnp.int32(step)},)
-    return steps.State(jnp.int32(step), arrays, moments, skipped=jnp.int32(step + 5), skipped_in_a_row=jnp.int32(1))
-
-
-def abstract(state):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-
-
-def same(left, right) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
 def save(workdir: Path, *steps: int) -> None:
@@ -49,10 +32,6 @@ def save(workdir: Path, *steps: int) -> None:
         for step in steps:
             checkpoint.save(manager, step, make_state(step), windows=8 * step, fingerprint=FINGERPRINT)
             checkpoint.wait(manager, step)
-
-
-def restore(workdir: Path):
-    return checkpoint.restore(workdir, abstract(make_state(0)), fingerprint=FINGERPRINT)
 
 
 def restore_params(workdir: Path):
@@ -96,12 +75,6 @@ def truncate(path: Path) -> None:
 
 def empty(path: Path) -> None:
     path.write_bytes(b"")
-
-
-def flip(path: Path, where: float, mask: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[int(where * (len(data) - 1))] ^= mask
-    path.write_bytes(data)
 
 
 def remove(path: Path) -> None:
@@ -303,32 +276,9 @@ def test_what_a_killed_save_left_is_removed_whatever_it_is(saved, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["20", "40"]
 
 
-FAILING_SAVES = """
-import pathlib, resource, sys
-sys.path[:0] = ["tests/runs", "tests"]
-from test_checkpoint import *
-
-workdir, (soft, hard) = pathlib.Path(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)
-with checkpoint.open_manager(workdir, smoke.get_config()) as manager:
-    for step in (1, 2, 3, 4, 5):
-        # The kernel refuses writes past 2 kB, as a full disk would refuse them.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if step in (3, 4) else soft, hard))
-        checkpoint.save(manager, step, make_state(step), windows=8 * step, fingerprint=FINGERPRINT)
-        try:
-            if step != 3:
-                checkpoint.wait(manager, step)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            assert same(restore(workdir)[0], make_state(2))
-        print(sorted(path.name for path in (workdir / "checkpoints").iterdir() if "tmp" not in path.name))
-assert same(restore(workdir)[0], make_state(5))
-"""
-
-
 def test_a_save_that_fails_leaves_the_last_good_one_and_the_next_tries_again(tmp_path):
     """In a process of its own: threads of orbax complain of it when they are collected."""
-    command = [sys.executable, "-c", FAILING_SAVES, str(tmp_path)]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    out = run(program("failing_saves", tmp_path))
     assert out.returncode == 0, out.stderr
     assert out.stdout.splitlines() == ["['1']", "['1', '2']", "['1', '2']", "['1', '2']", "['2', '5']"]
     # On a slow disk orbax adds that a save had to wait for the one before.
@@ -520,71 +470,15 @@ def test_a_slow_update_is_told_once(warned):
 
 # -- several processes ------------------------------------------------------------------------------------------------
 
-ONE_OF_TWO = """
-import os, pathlib, resource, signal, sys, time
-import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from absl import logging
 
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-sys.path[:0] = ["tests/runs", "tests"]
-from test_checkpoint import *
-from wavelet_jax.runs import stopping
-
-workdir, mine = pathlib.Path(sys.argv[3]), int(sys.argv[2])
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-
-def placed(state):
-    def place(leaf):
-        spec = PartitionSpec("data") if leaf.ndim else PartitionSpec()
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), np.asarray(leaf).__getitem__)
-    return jax.tree.map(place, state)
-"""
-
-AGREEING = """
-def shards_are(state, step):
-    for leaf, whole in zip(jax.tree.leaves(state), jax.tree.leaves(make_state(step)), strict=True):
-        for shard in leaf.addressable_shards:
-            np.testing.assert_array_equal(shard.data, np.asarray(whole)[shard.index])
-
-with checkpoint.open_manager(workdir, smoke.get_config()) as manager:
-    for step in (20, 40):
-        checkpoint.save(manager, step, placed(make_state(step)), windows=8 * step, fingerprint=FINGERPRINT)
-    checkpoint.wait(manager, 40)
-target = abstract(placed(make_state(0)))
-state, windows = checkpoint.restore(workdir, target, fingerprint=FINGERPRINT)
-shards_are(state, 40)
-if mine == 1:
-    flip(next((workdir / "checkpoints" / "40" / "state" / "ocdbt.process_1" / "d").iterdir()), 0.5, 4)
-jax.experimental.multihost_utils.sync_global_devices("damaged")
-state, windows = checkpoint.restore(workdir, target, fingerprint=FINGERPRINT)
-shards_are(state, 20)
-assert windows == 160
-
-add = jax.jit(lambda x: x + 1)
-with stopping.listen() as stop:
-    for step in range(1, 1000):
-        state = jax.tree.map(add, state)
-        if mine == 1 and step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
-        if stop.requested():
-            break
-    print(step, flush=True)
-    jax.experimental.multihost_utils.sync_global_devices("done")
-    stop.released("done")
-"""
-
-
-def in_two_processes(script: str, workdir: Path, code: int) -> list[tuple[str, str]]:
-    """What the two processes say, on stdout and stderr, that run this after `ONE_OF_TWO` and end with this code."""
+def in_two_processes(name: str, workdir: Path, code: int) -> list[tuple[str, str]]:
+    """What the two processes say, on stdout and stderr, of two processes that run a program and end with this code."""
     port = free_port()
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO + script, str(port), str(number), str(workdir)],
+            program(name, port, number, workdir),
             cwd=ROOT,
-            env=environment,
+            env=environment(devices=2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -599,7 +493,7 @@ def in_two_processes(script: str, workdir: Path, code: int) -> list[tuple[str, s
 @pytest.mark.slow
 def test_two_processes_agree_on_what_to_load_and_when_to_stop(tmp_path):
     """Only one of them gets the signal, and only one reads the checksums."""
-    said = in_two_processes(AGREEING, tmp_path, code=143)
+    said = in_two_processes("agree_on_a_checkpoint", tmp_path, code=143)
     steps = {int(out.split()[-1]) for out, _ in said}  # Gloo has said something before
     assert len(steps) == 1
     assert 7 <= steps.pop() <= 9
@@ -607,26 +501,10 @@ def test_two_processes_agree_on_what_to_load_and_when_to_stop(tmp_path):
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["20", "damaged-40"]
 
 
-FAILING_IN_ONE = """
-config = smoke.get_config()
-config.checkpoint.timeout, checkpoint._PATIENCE = 5, 1.0
-soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-with checkpoint.open_manager(workdir, config) as manager:
-    for step in (1, 2, 3):
-        if mine == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if step == 2 else soft, hard))
-        checkpoint.save(manager, step, placed(make_state(step)), windows=8 * step, fingerprint=FINGERPRINT)
-        try:
-            checkpoint.wait(manager, step)
-        except UserError as error:
-            print(error, file=sys.stderr)
-"""
-
-
 @pytest.mark.slow
 def test_a_save_that_fails_in_one_process_is_given_up_by_all(tmp_path):
     """The one that could write waits for the other, says so, and gives up after checkpoint.timeout; both go on."""
-    (_, first), (_, second) = in_two_processes(FAILING_IN_ONE, tmp_path, code=0)
+    (_, first), (_, second) = in_two_processes("failing_in_one", tmp_path, code=0)
     assert "the run has waited for the checkpoint of update 2 for 1 s: a slow disk, or a process that failed" in first
     assert "update 2 could not be written (not done within checkpoint.timeout: the disk is slow, or another" in first
     assert "update 2 could not be written (Failed to write" in second

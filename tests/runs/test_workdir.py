@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.project import ROOT
+from support.project import ROOT, environment, program
 
 from configs import smoke
 from wavelet_jax.errors import UserError, one_line
@@ -89,20 +89,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
 
 # -- what cannot be written -------------------------------------------------------------------------------------------
 
-NO_FOLDERS = """
-import errno, os, runpy, sys
-make = os.mkdir
-
-def mkdir(path, *arguments, **named):
-    if "orbax-checkpoint-tmp" in os.fspath(path):
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), os.fspath(path))
-    make(path, *arguments, **named)
-
-os.mkdir = mkdir
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 
 def flags(text_files, tmp_path, *more: str) -> list[str]:
     keys = ["train.steps=4", "log.every=1", "checkpoint.every=2", "eval.every=0", "data.source=text"]
@@ -113,13 +99,14 @@ def flags(text_files, tmp_path, *more: str) -> list[str]:
 
 def ended(command: list[str]) -> tuple[int, str]:
     """The exit code and stderr; one that does not end within two minutes fails."""
-    out = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    command = [sys.executable, *command]
+    out = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=120)
     return out.returncode, out.stderr
 
 
 def test_saves_that_cannot_make_their_folder_end_the_run(text_files, tmp_path):
     """Threads of orbax would wait for them for ever; then the same command starts over."""
-    code, said = ended(["-c", NO_FOLDERS, *flags(text_files, tmp_path)])
+    code, said = ended([*program("without_folders")[1:], *flags(text_files, tmp_path)])
     last = said.splitlines()[-1]
     assert code == 2, said
     assert last.startswith("error: the checkpoint of update 4 could not be written (")
@@ -265,19 +252,9 @@ def test_results_come_together_or_not_at_all(tmp_path):
     assert victim.read_text() == "precious"
 
 
-HOLDING = """
-import pathlib, sys, time
-from wavelet_jax.files import atomic
-with atomic.replaced(pathlib.Path(sys.argv[1]) / "a") as partial:
-    partial.write_text("half")
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_what_a_kill_leaves_is_removed_and_what_lives_is_not(tmp_path):
-    command = [sys.executable, "-c", HOLDING, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = program("holding_a_partial_file", tmp_path)
+    pipes = {"env": environment(), "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as killed, subprocess.Popen(command, cwd=ROOT, **pipes) as alive:
         assert killed.stdout.readline() == alive.stdout.readline() == "ready\n"
         os.kill(killed.pid, signal.SIGKILL)

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,17 @@ def environment(*, devices: int | None = None, **variables: str) -> dict[str, st
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     flags = {} if devices is None else {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return {**os.environ, "PYTHONPATH": path, **flags, **variables}
+
+
+def program(name: str, *arguments: object) -> list[str]:
+    """The command that starts a program of tests/programs."""
+    return [sys.executable, str(ROOT / "tests" / "programs" / f"{name}.py"), *map(str, arguments)]
+
+
+def run(command: list[str], *, devices: int | None = None, **options) -> subprocess.CompletedProcess:
+    """Runs a command in the project's folder, in `environment`; what it says is captured as text."""
+    options = {"cwd": ROOT, "env": environment(devices=devices), "text": True, "check": False} | options
+    return subprocess.run(command, capture_output=True, **options)
 
 
 def free_port() -> int:

@@ -161,21 +161,6 @@ def test_a_run_that_is_none_is_named(config, tmp_path):
 
 # -- from a wheel ----------------------------------------------------------------------------------------------------
 
-TWO_UPDATES = """
-import pathlib, sys
-from wavelet_jax.config import default
-from wavelet_jax.training.loop import train
-import wavelet_jax
-
-config = default.get_config("wavelet")
-config.data.update(source="text", train_files=sys.argv[1], cache_dir="cache", validation_fraction=0.2)
-config.model.update(num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64)
-config.train.update(steps=2, length=32, batch_size=4)
-config.optimizer.warmup_steps = 1
-train(config, "run")
-print(wavelet_jax.__file__)
-"""
-
 
 def test_a_wheel_trains(tmp_path, text_files):
     """Built from this checkout, unpacked elsewhere, and used without it."""
@@ -189,10 +174,10 @@ def test_a_wheel_trains(tmp_path, text_files):
     subprocess.run(build, check=True, capture_output=True, text=True, cwd=tmp_path)
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, capture_output=True)
-    (tmp_path / "program.py").write_text(TWO_UPDATES)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    command = [sys.executable, "program.py", f"{text_files}/*.txt"]
-    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    shutil.copy(ROOT / "tests" / "programs" / "train_two_updates.py", tmp_path)
+    variables = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "train_two_updates.py", f"{text_files}/*.txt"]
+    out = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == f"{site}/wavelet_jax/__init__.py"
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2]
