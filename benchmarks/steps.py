@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from benchmarks import measure
-from wavelet_jax.model import decoder
+from wavelet_jax.model import block
 from wavelet_jax.parallel import sharding
 from wavelet_jax.training import steps
 
@@ -73,7 +73,7 @@ def without_attention() -> Iterator[None]:
         group = query_BxTxHxD.shape[2] // key_BxTxKxD.shape[2]
         return query_BxTxHxD + jax.numpy.repeat(key_BxTxKxD + value_BxTxKxD, group, axis=2)
 
-    with mock.patch.object(decoder, "attention", add):
+    with mock.patch.object(block, "attention", add):
         yield
 
 

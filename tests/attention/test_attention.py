@@ -10,7 +10,7 @@ from support import oracle
 from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 
-from wavelet_jax.attention import attention
+from wavelet_jax.attention import api, attention, choose
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import METHODS, make
 from wavelet_jax.positions.terms import Terms
@@ -291,14 +291,25 @@ def test_dtypes(dtype, backend):
     assert (np.abs(np.asarray(out, np.float64) - slow) <= before + half_a_step * (np.abs(slow) + before)).all()
 
 
-def test_auto_is_a_backend():
-    q, k, v = qkv()
-    np.testing.assert_allclose(
-        attention(q, k, v, wavelet_terms(), backend="auto"),
-        attention(q, k, v, wavelet_terms(), backend="reference"),
-        rtol=0,
-        atol=OUTPUT,
+@pytest.mark.parametrize(
+    ("queries", "keys", "takes"), [(8, 8, "reference"), (1, 300, "decode"), (300, 300, "tiled"), (40, 300, "reference")]
+)
+def test_auto_takes_a_backend_for_the_lengths(monkeypatch, queries, keys, takes):
+    """... and its output is that of the reference, which "auto" does not take for long sequences."""
+    taken = []
+
+    def choosing(*arguments, **options):
+        taken.append(choose.choose(*arguments, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(api, "choose", choosing)
+    positions = {"query_positions": keys - queries, "key_positions": 0}
+    auto, reference = (
+        attention(*qkv(queries, keys=keys), wavelet_terms(), backend=backend, **positions)
+        for backend in ("auto", "reference")
     )
+    assert taken == [takes, "reference"]
+    np.testing.assert_allclose(auto, reference, rtol=0, atol=OUTPUT)
 
 
 # --- Dropout ---------------------------------------------------------------------------------------------------

@@ -463,11 +463,12 @@ def test_positions_count_only_by_their_differences(case, backend):
 @every_case
 def test_positions_count(case, backend):
     """Stretching them changes the output of every method but NoPE."""
-    if refuses(case, backend, 3 * np.arange(LENGTH)):
+    stretch = 1000 if case == "wavelet-far" else 3  # 30 tokens are nothing to scales from 2^11
+    if refuses(case, backend, stretch * np.arange(LENGTH)):
         return  # agreement with the slow loop shows the same for consecutive ones
-    here, stretched = (run(case, backend, X, stretch * np.arange(LENGTH)) for stretch in (1, 3))
+    here, stretched = (run(case, backend, X, by * np.arange(LENGTH)) for by in (1, stretch))
     changed = np.abs(stretched - here).max() > 0.01
-    assert changed == (case != "nope") or case == "wavelet-far"  # 30 tokens are nothing to scales from 2^11
+    assert changed == (case != "nope")
 
 
 @every_backend

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import re
 
-import jax
 import pytest
 from flax import nnx
 from support.project import ROOT
@@ -16,7 +15,7 @@ from wavelet_jax.config import keys, numeric_keys
 from wavelet_jax.errors import UserError
 from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.runs import directory
-from wavelet_jax.training import optimizer, steps
+from wavelet_jax.training import optimizer, sizes, steps
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -53,7 +52,7 @@ def test_every_key_has_a_comment():
     source = (ROOT / "wavelet_jax" / "config" / "default.py").read_text()
     for line in source.splitlines():
         assigned = re.match(
-            r"    (data|model|position|train|optimizer|log|checkpoint|evaluation|mesh|compare)\.(\w+) = ", line
+            r"    (data|model|position|train|optimizer|log|checkpoint|eval|mesh|compare)\.(\w+) = ", line
         )
         assert not assigned or "  # " in line, line
 
@@ -72,7 +71,7 @@ def test_every_variant_builds_its_shapes(name, method):
     assert config.compare.variants == ()
     shapes = nnx.eval_shape(lambda: Decoder(config, 1000, rngs=nnx.Rngs(0)))
     count = steps.count_parameters(nnx.to_pure_dict(nnx.state(shapes)))
-    assert count > 1000 * config.model.d_model
+    assert count == sum(sizes.parameters(config, 1000).values())
     optimizer.make_optimizer(config)
 
 
@@ -85,7 +84,15 @@ def test_without_a_variant_the_main_methods_are_compared(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_docstrings_give_the_command(name):
-    assert "python train.py" in importlib.import_module(f"configs.{name}").__doc__
+    """A command that reads this file, by default or by its name, with a variant that there is."""
+    module = importlib.import_module(f"configs.{name}")
+    commands = re.findall(r"^    (python train\.py.*)$", module.__doc__, re.MULTILINE)
+    assert commands
+    for command in commands:
+        named = re.search(r"--config=configs/(\w+)\.py(?::(\w+))?", command)
+        assert (named[1] if named else "quickstart") == name
+        if named and named[2] and named[2] != "METHOD":
+            assert module.get_config(named[2]).position.method == named[2]
 
 
 def test_decay_follows_the_number_of_steps_and_not_the_other_way():
@@ -125,10 +132,6 @@ def test_importing_the_package_is_light():
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
-
-
-def test_jax_is_asked_for_no_float64():
-    assert not jax.config.jax_enable_x64
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from wavelet_jax.data.corpus import in_validation
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import evaluate, protocols, scored_text
 from wavelet_jax.evaluation.protocols import Block, plan_blocks
-from wavelet_jax.figures import extrapolation
+from wavelet_jax.figures import extrapolation, style
 from wavelet_jax.parallel import sharding
 from wavelet_jax.runs import checkpoint, directory
 from wavelet_jax.training import steps
@@ -129,7 +129,18 @@ def test_figures_show_their_curves(tmp_path):
         assert first.shape[1] > 600
         coloured = np.ptp(first, axis=-1) > 0.3  # the lines; axes and text are grey
         assert coloured.sum() > 500
-        assert first.shape != second.shape or (first != second).any()
+        assert not np.array_equal(first, second)
+
+
+def test_a_figure_draws_the_numbers_of_its_table(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, path, note: figures.append(figure))
+    curves, stamp = curves_and_stamp()
+    extrapolation.extrapolation(curves, stamp, tmp_path / "a.png")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].get_lines()}
+    for method in {curve.method for curve in curves}:
+        rows = [curve.row() for curve in curves if curve.method == method]
+        assert drawn[style.plain(method)] == [[row["length"], row["perplexity"]] for row in rows]
 
 
 def test_table_has_every_number():

@@ -414,7 +414,11 @@ def test_causality_and_padding_make_nothing_quadratic(flax):
             {"inputs_k": X[:, :3]},
             r"positions of 7 queries and 3 keys cannot be inferred.* cross-attention needs Flax's own",
         ),
-        ({"causal": True}, {"inputs_k": X[:, :3], "mask": PADDING[..., :3]}, r"7 queries and 3 keys have no"),
+        (
+            {"causal": True},
+            {"inputs_k": X[:, :3], "mask": PADDING[..., :3]},
+            "positions of 7 queries and 3 keys cannot be inferred",
+        ),
         ({}, {"sow_weights": True}, r"sow_weights: attention with positions does not keep"),
         ({"backend": "tilde"}, {}, r"unknown attention backend 'tilde': did you mean 'tiled'\?"),
     ],

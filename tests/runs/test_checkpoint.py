@@ -450,22 +450,43 @@ def test_the_message_speaks_of_checkpoints_where_there_are_some(tmp_path, there,
 
 
 def test_a_slow_update_is_told_once(warned):
-    watch = guards._Watch(factor=10, least=1.0)
-    watch.start()
+    now = 0.0
+    watch = guards._Watch(factor=10, least=1.0, clock=lambda: now)
+
+    def pass_by(seconds: float) -> list[str]:
+        """The warnings of the watch's thread in this time, which looks four times a second."""
+        nonlocal now
+        for _ in range(round(4 * seconds)):
+            now += 0.25
+            watch.look()
+        return warned()
+
     for step in range(1, 12):
-        time.sleep(0.002)
+        now += 0.002
         watch.ended(step)
-    assert warned() == []
-    time.sleep(2)  # the twelfth hangs
-    (said,) = warned()
-    assert "update 12 has taken 1." in said
+    assert pass_by(1.0) == []
+    (said,) = pass_by(60)  # the twelfth hangs
+    assert "update 12 has taken 1.2 s so far, and the median is 0.002 s" in said
     watch.ended(12)
     watch.pause()
-    time.sleep(1.5)  # a validation
+    assert pass_by(100) == []  # a validation
     watch.resume()
+    now += 0.002
     watch.ended(13)
-    assert warned() == []
+    (said,) = pass_by(2)  # after an update of usual speed it warns again
+    assert "update 14" in said
+
+
+def test_the_watch_looks_by_itself(warned):
+    watch = guards._Watch(factor=10, least=0.01)
+    for step in range(1, 12):
+        watch.ended(step)
+    watch.start()
+    deadline = time.monotonic() + 60
+    while not (said := warned()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     watch.close()
+    assert "update 12 has taken" in said[0]
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -95,8 +95,7 @@ def test_seconds_go_where_they_went():
     def done():
         for result in results:
             result.there.set()
-        while not meter._last.done():
-            time.sleep(1e-3)
+        assert meter._last.exception(timeout=60) is None
 
     function = SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=compile_in_3))
 
@@ -156,8 +155,7 @@ def test_an_update_that_fails_is_the_loop_s_to_see():
 
     meter = throughput.Meter(tokens=1, flops=1.0, peak=1.0)
     meter.updated(Broken())
-    while not meter._last.done():
-        time.sleep(1e-3)
+    assert meter._last.exception(timeout=60) is not None
     with meter.input():
         pass
     assert meter.line()["input_share"] == 0
@@ -170,10 +168,14 @@ def test_peaks(monkeypatch):
     assert "measured" in said
     run, flops = devices.matrix_product("float32", 1024)
     run()
-    start = time.perf_counter()
-    run()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
     assert flops == 2 * 1024**3
-    assert flops / (time.perf_counter() - start) < 20 * measured  # of the same order, on a machine with other work
+    # Of the same order, on a machine with other work.
+    assert flops / min(seconds) / 20 < measured < 100 * flops / min(seconds)
     assert devices.total_flops("float32") == measured, "a machine's CPU is one"
 
     devices.peak_flops.cache_clear()

@@ -152,7 +152,7 @@ def _curves(
     unit: int,
 ) -> Iterator[Curve]:
     """Scores the text by one run, at every length of the job; `unit`: tokens of a stretch that is resampled."""
-    settings = job.config.eval
+    config = job.config
     params, step = job.load()
     for length in job.work:
         losses_of = functools.partial(job.program(length).losses, params)
@@ -161,11 +161,11 @@ def _curves(
                 functools.partial(losses_of, done=done),
                 text.tokens,
                 blocks_of[job.workdir, length],
-                batch_tokens=settings.batch_tokens,
+                batch_tokens=config.eval.batch_tokens,
             )
-        interval = bootstrap_interval(losses, unit, resamples=settings.resamples, seed=settings.bootstrap_seed)
+        interval = bootstrap_interval(losses, unit, resamples=config.eval.resamples, seed=config.eval.bootstrap_seed)
         stride = strides[job.workdir, length]
-        yield Curve(job.label, protocol, job.config.train.length, length, stride, losses, positions, interval)
+        yield Curve(job.label, protocol, config.train.length, length, stride, losses, positions, interval)
 
 
 def load_configs(workdirs: Sequence[Path], data_root: Path | None) -> list[ConfigDict]:

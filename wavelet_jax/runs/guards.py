@@ -6,7 +6,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -81,8 +81,8 @@ class _Watch:
     speed.
     """
 
-    def __init__(self, factor: float, least: float):
-        self._factor, self._least = factor, least
+    def __init__(self, factor: float, least: float, clock: Callable[[], float] = time.monotonic):
+        self._factor, self._least, self._clock = factor, least, clock
         self._durations = collections.deque(maxlen=_REMEMBERED)
         self._step, self._since = None, None  # the update that runs, and since when; None while nothing is timed
         self._told = False
@@ -99,7 +99,7 @@ class _Watch:
 
     def ended(self, step: int) -> None:
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             if self._since is not None:
                 slow = self._tell_if_slow(now)
                 self._told = self._told and slow
@@ -112,13 +112,17 @@ class _Watch:
 
     def resume(self) -> None:
         with self._lock:
-            self._since = time.monotonic()
+            self._since = self._clock()
 
     def _run(self) -> None:
         while not self._closed.wait(max(0.02, min(1.0, self._least / 4))):
-            with self._lock:
-                if self._since is not None:
-                    self._tell_if_slow(time.monotonic())
+            self.look()
+
+    def look(self) -> None:
+        """Warns if the update that runs is slow by now."""
+        with self._lock:
+            if self._since is not None:
+                self._tell_if_slow(self._clock())
 
     def _tell_if_slow(self, now: float) -> bool:
         if not self._factor or self._since is None or len(self._durations) < _NEEDED:
