@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.arrays import normal
 from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 
@@ -35,10 +36,6 @@ def refuses(backend: str, what: str, act) -> bool:
     with pytest.raises(UserError, match=REFUSES[backend, what]):
         act()
     return True
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def qkv(length: int = T, kv_heads: int = H, keys: int | None = None):

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from support.calls import EVERYWHERE
+from support.calls import EVERYWHERE, use_small_tiles
 from support.compilation import quick_jit
 from support.project import ROOT, environment
 
-from wavelet_jax.attention import attention, tiled
+from wavelet_jax.attention import attention
 from wavelet_jax.attention.flash import tpu
-from wavelet_jax.attention.tiled.geometry import TileSizes
 from wavelet_jax.errors import UserError
 from wavelet_jax.positions import METHODS, make
 
@@ -40,7 +39,7 @@ MOSTLY_SLOW = ["segments", *(pytest.param(how, marks=slow) for how in OPTIONS if
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, TileSizes(rows=8, block=4, band=4, keys=8)))
+    use_small_tiles(monkeypatch)
 
 
 def plain_shape(shape, dtype, axes=()) -> jax.ShapeDtypeStruct:

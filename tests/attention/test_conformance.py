@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.arrays import normal
 from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 
@@ -94,10 +95,6 @@ def nothing_is_promoted():
 
 
 # --- The layer, and its inputs ---------------------------------------------------------------------------------
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.arrays import normal
 from support.compilation import quick_jit
 
 from wavelet_jax import positions
@@ -19,10 +20,6 @@ from wavelet_jax.positions.terms import Terms
 B, H, K, D = 2, 4, 2, 16
 # Sums of a few hundred products of unit normals in float32, in another order.
 FLOAT32 = 3e-6
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def arrays(T: int, S: int) -> tuple:
@@ -190,7 +187,7 @@ def test_the_estimate_counts_what_the_definition_makes():
 
 def test_terms_without_a_support_are_evaluated_in_the_program():
     """A constant table of unknown reach: right, and linear in the context."""
-    vectors = normal(5, 7, D)
+    vectors = jnp.asarray(normal(5, 7, D))
     terms = Terms(relative_keys=lambda distance: vectors[distance % 7])
     query, key, value = arrays(2, 50)
     given = {"query_positions": 40, "key_positions": 0}

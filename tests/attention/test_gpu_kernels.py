@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.arrays import normal
 from support.compilation import quick_jit
 from support.project import ROOT
 
@@ -31,10 +32,6 @@ from wavelet_jax.errors import UserError
 
 slow = pytest.mark.slow
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-
-def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 # -- the kernels in Triton's interpreter ----------------------------------------------------------------------------

@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.calls import (
+    FLOAT32,
+    assert_same,
+    float64_wavelet,
+    inputs,
+    per_head_grids,
+    ricker_table,
+    value_and_gradients,
+)
 from support.compilation import quick_jit
-from test_tiled import FLOAT32, assert_same, inputs, oracle, per_head_grids, ricker_table, value_and_gradients
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention
@@ -193,13 +201,13 @@ def test_float64_with_the_shipped_tiles(dtype, first_exponent):
     L = 1300
     method = positions.make("wavelet", num_heads=2, head_dim=128, first_exponent=first_exponent)
     arrays = inputs(L, L, H=2, K=2, D=128, B=1, dtype=dtype)
-    exact, factor = oracle(*arrays, ricker_table(L, first_exponent)), 1.1
+    exact, factor = float64_wavelet(*arrays, ricker_table(L, first_exponent)), 1.1
     if dtype == jnp.float32:
         usual, factor = distance_from(exact, value_and_gradients("reference", method, {}, *arrays)), 2
     else:
         out, pull = jax.vjp(functools.partial(jax.nn.dot_product_attention, is_causal=True), *arrays[:3])
         plain = dict(zip(("out", "query", "key", "value"), (out, *pull(arrays[3])), strict=True))
-        usual = distance_from(oracle(*arrays, np.zeros((L, 128))), plain)
+        usual = distance_from(float64_wavelet(*arrays, np.zeros((L, 128))), plain)
     found = by_kernel(method, *arrays)
     for name, error in distance_from(exact, found).items():
         assert found[name].dtype == dtype

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
-from support.calls import EVERYWHERE
+from support.arrays import normal
+from support.calls import EVERYWHERE, use_small_tiles
 from support.compilation import quick_jit
 
 from configs.paper import table3, table4
-from wavelet_jax.attention import attention, tiled
-from wavelet_jax.attention.tiled.geometry import TileSizes
+from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
 from wavelet_jax.model.decoder import make_position
 from wavelet_jax.positions import make
@@ -22,10 +22,6 @@ from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
 # Derived in tests/test_conformance.py for scores of sums of 48 products: here they are of 3 D = 384, and add up to the
 # same size, so that roundings are sqrt(8) times as large.
 OUTPUT, GRADIENT = 5e-6 * 8**0.5, 2e-6 * 8**0.5
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @functools.cache
@@ -112,8 +108,7 @@ def agrees_with_the_slow_loop(backend: str, method: str, options: dict, *, T: in
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    sizes = TileSizes(rows=8, block=4, band=4, keys=8)  # so that a few tokens have tiles of all kinds
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, sizes))
+    use_small_tiles(monkeypatch)
 
 
 def quick_and_slow(quick: list[tuple], *axes) -> list:

@@ -10,6 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.calls import (
+    FLOAT32,
+    assert_same,
+    float64_wavelet,
+    inputs,
+    per_head_grids,
+    ricker_table,
+    use_small_tiles,
+    value_and_gradients,
+)
 from support.compilation import quick_jit
 
 from wavelet_jax import positions
@@ -26,55 +36,17 @@ SMALL = TileSizes(rows=16, block=8, band=8, keys=32)  # so that short sequences 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILES", dict.fromkeys(tiled.TILES, SMALL))
-
-
-def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-
-
-def inputs(T: int, S: int, H: int = 4, K: int = 2, D: int = 32, B: int = 2, dtype=jnp.float32) -> tuple:
-    """Queries, keys, values, and a cotangent of the output."""
-    shapes = (B, T, H, D), (B, S, K, D), (B, S, K, D), (B, T, H, D)
-    return tuple(normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes))
-
-
-def value_and_gradients(backend: str, method, params, query, key, value, cotangent, **options):
-    """{name: array} of the output and of its gradients by parameters, queries, keys and values."""
-
-    @quick_jit
-    def run(params, query, key, value):
-        def output(params, query, key, value):
-            return attention(query, key, value, method.terms(params), backend=backend, **options)
-
-        out, pull = jax.vjp(output, params, query, key, value)
-        return out, pull(cotangent)
-
-    out, (d_params, d_query, d_key, d_value) = run(params, query, key, value)
-    return {"out": out, "query": d_query, "key": d_key, "value": d_value, **d_params}
+    use_small_tiles(monkeypatch, SMALL)
 
 
 def attend(query, key, value, terms, **options) -> jax.Array:
     return quick_jit(functools.partial(attention, terms=terms, **options))(query, key, value)
 
 
-def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
-    """Every array within `tolerance` of the size of the expected one."""
-    assert actual.keys() == expected.keys()
-    for name, wanted in expected.items():
-        wanted, got = np.asarray(wanted, np.float64), np.asarray(actual[name], np.float64)
-        # A gradient may cancel to nothing (a row that sees one key has none), but for the rounding of terms of about 1.
-        error = np.max(np.abs(got - wanted)) / max(np.max(np.abs(wanted)), 0.5)
-        assert error <= tolerance, f"{name} is off by {error:.1e} of its size"
-
-
 def segments(T: int, S: int, B: int = 2) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(3)
     return tuple(np.sort(generator.integers(0, 3, (B, length)), axis=1) for length in (T, S))
 
-
-# Sums of a few hundred products of unit normals in float32, in another order.
-FLOAT32 = 3e-6
 
 METHODS = {
     "nope": {},
@@ -138,11 +110,6 @@ def wide_grid() -> dict:
     return {"scales": scales, "shifts": np.arange(32.0)}
 
 
-def per_head_grids() -> dict:
-    generator = np.random.default_rng(5)
-    return {"scales": 2 ** generator.uniform(0, 6, (4, 32)), "shifts": generator.uniform(-20, 40, (4, 32))}
-
-
 @pytest.mark.parametrize(
     ("grid", "causal", "trainable"),
     [
@@ -190,48 +157,22 @@ def test_random_shapes(data, small_tiles, monkeypatch):
 # -- float64 ------------------------------------------------------------------------------------------------------
 
 
-def ricker_table(L: int, first_exponent: int) -> np.ndarray:
-    """p[t, j] of Eq. (14), t = 0 .. L - 1, in float64."""
-    scales, shifts = (x.astype(np.float64) for x in continuous.scale_shift_grid(128, 8, first_exponent))
-    x = (np.arange(L)[:, None] - shifts) / scales
-    return (1 - x**2) * np.exp(-(x**2) / 2)
-
-
-def oracle(query, key, value, cotangent, table: np.ndarray) -> dict:
-    """Eq. (10) and its gradients in float64, one sequence and one head [L, D] each, head by head."""
-    arrays = [np.asarray(x, np.float64)[0] for x in (query, key, value, cotangent)]
-    L, D = len(table), table.shape[1]
-    t = np.arange(L)[:, None] - np.arange(L)
-    results = []
-    for head in range(query.shape[2]):
-        q, k, v, g = (x[:, head] for x in arrays)
-        relative = np.take_along_axis(q @ table.T, np.maximum(t, 0), axis=1)  # q_m . p[m - n]
-        scores = np.where(t >= 0, (q @ k.T + relative) / np.sqrt(D), -np.inf)
-        weights = np.exp(scores - scores.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
-        d_weights = g @ v.T
-        d_scores = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) / np.sqrt(D)
-        by_distance = np.zeros((L, L))
-        np.put_along_axis(by_distance, np.maximum(t, 0), np.where(t >= 0, d_scores, 0), axis=1)
-        by_distance[:, 0] = np.diagonal(d_scores)  # keys after the query were put there too
-        results.append((weights @ v, d_scores @ k + by_distance @ table, d_scores.T @ q, weights.T @ g))
-    names = "out", "query", "key", "value"
-    return {name: np.stack(parts, 1)[None] for name, parts in zip(names, zip(*results, strict=True), strict=True)}
-
-
 @pytest.mark.parametrize("first_exponent", [0, pytest.param(2, marks=slow)])
 def test_float64(first_exponent):
     """As near to float64 as the definition in float32 is; the far form adds no more than rounding does."""
     L = 900
     method = positions.make("wavelet", num_heads=2, head_dim=128, first_exponent=first_exponent)
     arrays = inputs(L, L, H=2, K=2, D=128, B=1)
-    exact = oracle(*arrays, ricker_table(L, first_exponent))
+    exact = float64_wavelet(*arrays, ricker_table(L, first_exponent))
     by_tiles = value_and_gradients("tiled", method, {}, *arrays)
     by_definition = value_and_gradients("reference", method, {}, *arrays)
     for name, wanted in exact.items():
-        error, usual = (np.max(np.abs(np.asarray(x[name]) - wanted)) for x in (by_tiles, by_definition))
-        assert error <= 2 * usual, f"{name}: {error:.1e} from float64, {usual:.1e} by the definition"
-        assert error <= 5e-6 * np.max(np.abs(wanted)), f"{name}: {error:.1e} from float64"
+        error, usual = (np.abs(np.asarray(x[name]) - wanted) for x in (by_tiles, by_definition))
+        # Of the largest of 200,000 errors the ratio is 0.3 to 4.8 from seed to seed. Of their root mean square it is
+        # 1.9 to 2.0 for the output (a second rounding, by the far form and its tolerance), and less for gradients.
+        ratio = np.sqrt(np.mean(error**2) / np.mean(usual**2))
+        assert ratio <= 2.1, f"{name}: {ratio:.2f} times the error of the definition"
+        assert np.max(error) <= 5e-6 * np.max(np.abs(wanted)), f"{name}: {np.max(error):.1e} from float64"
 
 
 @pytest.mark.parametrize("backend", ["tiled", "decode"])
@@ -243,7 +184,7 @@ def test_64_bit_mode(backend, small_tiles):
     with jax.enable_x64(True):
         found = value_and_gradients(backend, method, {}, *arrays)
     assert {x.dtype.name for x in found.values()} == {"float32"}
-    assert_same(found, oracle(*arrays, ricker_table(L, 0)), FLOAT32)
+    assert_same(found, float64_wavelet(*arrays, ricker_table(L, 0)), FLOAT32)
 
 
 @slow
@@ -258,7 +199,7 @@ def test_bfloat16():
 
     def errors(found: dict, table: np.ndarray) -> dict:
         """Root mean square of the error over that of the values."""
-        exact = oracle(*arrays, table)
+        exact = float64_wavelet(*arrays, table)
         return {
             name: np.linalg.norm(np.asarray(found[name], np.float64) - wanted) / np.linalg.norm(wanted)
             for name, wanted in exact.items()

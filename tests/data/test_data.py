@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import logging
-from ml_collections import ConfigDict
+from support.corpora import END, byte_ids, folders, make_config
 
 from wavelet_jax.data import Windows, corpus, file_digests, load_corpus, notes, sources, tokenizers
 from wavelet_jax.errors import UserError
@@ -27,31 +27,6 @@ from wavelet_jax.files import locks as file_locks
 WORDS = ["quick", "brown", "lazy", "red", "grey", "sly"]
 LINES = [f"document {number}: the {word} fox" for number, word in enumerate(2 * WORDS)]
 HELD_OUT = {0, 2, 3, 7, 8, 9, 11}
-END = 256
-
-
-def make_config(cache: Path, **keys) -> ConfigDict:
-    data = {
-        "cache_dir": str(cache),
-        "source": "text",
-        "train_files": "",
-        "validation_files": "",
-        "text_field": "text",
-        "validation_text_field": "",
-        "missing_text": "error",
-        "folder": "",
-        "document": "file",
-        "tfds_dir": "no_data_sets",
-        "train_split": "train",
-        "validation_split": "validation",
-        "validation_fraction": 0.3,
-        "tokenizer": "byte",
-        "tokenizer_file": "",
-        "vocab_size": 0,
-        "threads": 4,
-    }
-    assert keys.keys() <= data.keys()
-    return ConfigDict({"data": data | {name: str(key) if isinstance(key, Path) else key for name, key in keys.items()}})
 
 
 @pytest.fixture
@@ -94,10 +69,6 @@ def warnings(monkeypatch):
     said = []
     monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
     return said
-
-
-def byte_ids(*documents: str) -> list[int]:
-    return [token for document in documents for token in [*document.encode(), END]]
 
 
 # Tokens
@@ -801,12 +772,6 @@ def test_damaged_cache_is_rebuilt(load, lines, builds, warnings, tmp_path, damag
     load(**keys)
     assert len(builds) == 2
     assert not warnings
-
-
-def folders(cache: Path) -> tuple[list[Path], list[Path]]:
-    """(whole corpora, temporary folders) of a cache."""
-    found = [path for path in cache.iterdir() if path.is_dir()]
-    return [p for p in found if p.name[0] != "."], [p for p in found if p.name[0] == "."]
 
 
 def test_killed_build_is_recovered(load, lines, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from absl import logging
-from test_data import byte_ids, folders, make_config
+from support.corpora import byte_ids, folders, make_config
 
 from wavelet_jax.data import corpus, load_corpus
 from wavelet_jax.errors import UserError

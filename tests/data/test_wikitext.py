@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.corpora import make_config
 from support.project import ROOT
-from test_data import make_config
 
 from wavelet_jax.data import load_corpus, tfds_sets
 from wavelet_jax.data.wikitext import archives, builder

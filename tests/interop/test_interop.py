@@ -9,6 +9,7 @@ import pytest
 from flax import linen, nnx
 from jax.extend.core import jaxprs_in_params
 from support import oracle
+from support.arrays import normal
 from support.calls import EVERYWHERE
 from support.compilation import quick_jit
 
@@ -37,10 +38,6 @@ FLAXES = ("nnx", "linen")
 every_case = pytest.mark.parametrize("case", CASES)
 every_flax = pytest.mark.parametrize("flax", FLAXES)
 every_backend = pytest.mark.parametrize("backend", EVERYWHERE)
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 X = normal(0, B, T, E)

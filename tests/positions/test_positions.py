@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.arrays import normal
 
 from wavelet_jax.attention import attention
 from wavelet_jax.errors import UserError
@@ -33,10 +34,6 @@ needs_torch = pytest.mark.skipif(torch is None, reason="torch and transformers a
 FURTHEST = 2**31 - 1
 # sin and cos of an angle within 6e-7 radians (test_wavelets.py: test_angle_is_exact), with a few roundings of 2^-24.
 WAVE = 8e-7
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 # --- make, options, and what every method promises -------------------------------------------------------------

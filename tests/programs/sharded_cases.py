@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
+from support.arrays import normal
 from support.compilation import quick_jit
 
 from wavelet_jax.attention import attention, sharded, tiled
@@ -39,10 +40,6 @@ CASES = {name: (name, {}, {}) for name in METHODS} | {
     "rope-length-alone": ("rope", {}, {"mesh": {"context": 8}}),
     "wavelet-reference": ("wavelet", {}, {"backend": "reference"}),
 }
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def compare(method: str, options: dict, how: dict) -> dict:
