@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -44,7 +44,7 @@ class DiscreteWavelet:
             raise unknown("t_sign", self.t_sign, T_SIGNS)
         discrete.support(**self._columns())  # raises for a wavelet or level that does not exist
 
-    def _columns(self) -> dict:
+    def _columns(self) -> dict[str, Any]:
         levels, shifts = discrete.level_shift_grid(self.head_dim, self.num_levels, self.first_level)
         reading = {"sampling": self.sampling, "origin": self.origin, "t_sign": self.t_sign}
         return {"wavelet": self.wavelet, "levels": levels, "shifts": shifts, **reading}

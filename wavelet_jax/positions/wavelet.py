@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ class Wavelet:
     mother: str = "ricker"
     num_scales: int = 8
     first_exponent: int = 0
-    scales: tuple = ()
-    shifts: tuple = ()
+    scales: tuple[Any, ...] = ()
+    shifts: tuple[Any, ...] = ()
     t_sign: str = "m-n"
     trainable: bool = False
     support_tolerance: float = 1e-4

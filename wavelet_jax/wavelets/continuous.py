@@ -55,7 +55,8 @@ def haar_standard(x: jax.Array) -> jax.Array:
     return jnp.where((x >= 0) & (x < 1), jnp.where(x < 0.5, 1.0, -1.0), 0.0).astype(jnp.result_type(x, float))
 
 
-MOTHERS: dict[str, Callable] = {
+Mother = Callable[..., jax.Array]  # psi(x) of scaled and shifted t, elementwise; Morlet: psi(x, scale)
+MOTHERS: dict[str, Mother] = {
     "ricker": ricker,
     "gaussian": gaussian,
     "morlet": morlet,
@@ -65,7 +66,7 @@ MOTHERS: dict[str, Callable] = {
 T_SIGNS = ("m-n", "n-m")
 
 
-def wavelet(t: ArrayLike, scale: ArrayLike, shift: ArrayLike, mother: str | Callable = "ricker") -> jax.Array:
+def wavelet(t: ArrayLike, scale: ArrayLike, shift: ArrayLike, mother: str | Mother = "ricker") -> jax.Array:
     """One value psi((t - b) / a), Eq. (11); the height is not divided by sqrt(a), unlike in Eq. (2).
 
     Args:
@@ -146,7 +147,7 @@ def wavelet_position(
     distance: ArrayLike,
     scales: ArrayLike,
     shifts: ArrayLike,
-    mother: str | Callable = "ricker",
+    mother: str | Mother = "ricker",
     t_sign: str = "m-n",
 ) -> jax.Array:
     """The relative position vectors p[t, j] = psi((t - b_j) / a_j), Eq. (14), for every distance.
@@ -182,7 +183,7 @@ def wavelet_position(
 
 
 @functools.cache
-def _reach(mother: str | Callable, tolerance: float) -> float:
+def _reach(mother: str | Mother, tolerance: float) -> float:
     """The largest |x| at which |psi(x)| is at least `tolerance`, to 1e-3; infinite where that is still so at +-40."""
     x = np.linspace(-_FAR, _FAR, 80_001)
     # A Morlet's envelope is the Gaussian, whatever its scale.
@@ -195,7 +196,7 @@ def _reach(mother: str | Callable, tolerance: float) -> float:
 
 
 def support(
-    scales: np.ndarray, shifts: np.ndarray, mother: str | Callable = "ricker", tolerance: float = 1e-4
+    scales: np.ndarray, shifts: np.ndarray, mother: str | Mother = "ricker", tolerance: float = 1e-4
 ) -> int | None:
     """The distance past which every wavelet of the grid stays below `tolerance`.
 
