@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -220,6 +222,23 @@ def waiting(port: int, number: int, join_timeout: float) -> subprocess.Popen:
     each = program("wait_for_others", f"localhost:{port}", number, join_timeout)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(each, cwd=ROOT, env=environment(), **pipes)
+
+
+def test_a_relay_stays_open_when_the_other_side_is_reset():
+    """JAX's client, which goes on sending, would end the process if its connection were closed."""
+    with socket.create_server(("localhost", 0)) as server:
+        host, port = peers.relay(f"localhost:{server.getsockname()[1]}").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            far, _ = server.accept()
+            client.sendall(b"first")
+            assert far.recv(100) == b"first"
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as by SIGKILL
+            far.close()
+            client.settimeout(0.2)
+            for _ in range(10):
+                client.sendall(b"more")
+                with pytest.raises(TimeoutError):
+                    client.recv(1)
 
 
 @pytest.mark.parametrize("number", [0, 1])

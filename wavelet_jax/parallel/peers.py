@@ -147,11 +147,16 @@ def relay(address: str) -> str:
 
 
 async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    """Passes bytes on until there are no more."""
+    """Passes bytes on until there are no more; what the sink no longer takes is dropped."""
+    takes = True
     with contextlib.suppress(OSError):
         while data := await source.read(1 << 16):
-            sink.write(data)
-            await sink.drain()
+            try:
+                if takes:
+                    sink.write(data)
+                    await sink.drain()
+            except OSError:
+                takes = False
 
 
 @contextlib.contextmanager
