@@ -17,7 +17,7 @@ from wavelet_jax.integers import as_int32
 _TURN = 2 * Fraction("3.14159265358979323846264338327950288419716939937510")  # radians
 
 
-def angle(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def angle(positions: jax.typing.ArrayLike, frequencies: np.ndarray) -> jax.Array:
     """`positions * frequencies` in radians, reduced to [-pi, pi] where the positions are integers.
 
     Args:

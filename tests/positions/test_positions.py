@@ -277,9 +277,28 @@ def test_rope_at_any_position(layout):
         theirs = gptj_rotate(
             torch.tensor(x).double(), torch.tensor(np.sin(angles))[None], torch.tensor(np.cos(angles))[None]
         )
-    ours = jax.jit(lambda x, places: rope.rotate(x, places, layout=layout))(x, places)
+    computed = jax.jit(lambda x, places: rope.rotate(x, places, layout=layout))(x, places)
+    constant = jax.jit(lambda x: rope.rotate(x, places, layout=layout))(x)
     # A pair turned by an angle that is wrong by 6e-7 moves by 6e-7 of its length, under 5 here.
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=WAVE * 5)
+    for ours in (computed, constant):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=WAVE * 5)
+
+
+def test_rope_of_known_positions_is_one_constant(monkeypatch):
+    """For queries, keys and layers together; past some size the program computes it, as for traced positions."""
+
+    def text(layers: int) -> str:
+        def program(x):
+            for _ in range(layers):
+                x = rope.rotate(x, np.arange(64)) + rope.rotate(x, np.arange(64))
+            return jnp.sum(x)
+
+        return jax.jit(jax.grad(program)).lower(jax.ShapeDtypeStruct((1, 64, 2, 32), jnp.float32)).as_text()
+
+    assert text(4).count('dense<"') == text(1).count('dense<"') == 2
+    assert "cosine" not in text(4)
+    monkeypatch.setattr(rope, "_MOST_BYTES", 64)
+    assert "cosine" in text(1)
 
 
 def test_rope_layouts_by_hand():

@@ -270,3 +270,15 @@ def test_memory_of_a_step_is_linear_in_length(small_config):
         program = jax.jit(steps.make_train_step(config, graphdef)).lower(state, tokens).compile()
         taken.append(program.memory_analysis().temp_size_in_bytes)
     assert taken[1] < 4.1 * taken[0]
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_no_angle_of_rope_is_computed_in_a_step(small_config, remat):
+    """Its positions are known: cosines and sines are constants of the program, forward and backward."""
+    config = small_config("rope")
+    config.model.remat = remat
+    graphdef, state = steps.shapes(config, VOCAB, sharding.make_mesh(config))
+    tokens = jax.ShapeDtypeStruct(steps.batch_shape(config), jnp.int32)
+    program = jax.jit(steps.make_train_step(config, graphdef)).lower(state, tokens).as_text()
+    assert "stablehlo.cosine" not in program  # smoke's learning rate is constant
+    assert "stablehlo.sine" not in program

@@ -185,7 +185,7 @@ def _number(name: str, value: Any, allowed: str) -> Any:
 
 def positions_of(
     query: Any, key: Any, batch: int, num_queries: int, num_keys: int
-) -> tuple[jax.Array, int | jax.Array | None, jax.Array, int | jax.Array | None]:
+) -> tuple[common.Array, int | jax.Array | None, common.Array, int | jax.Array | None]:
     """Positions of queries and of keys, int32, each with the first of them (None: not known to be consecutive).
 
     Raises:
@@ -244,9 +244,12 @@ def _range(positions: Any, start: int | jax.Array | None) -> tuple[int, int] | N
     return None if isinstance(positions, Tracer) else (int(positions.min()), int(positions.max()))
 
 
-def _array(positions: Any, start: int | jax.Array | None) -> jax.Array:
+def _array(positions: Any, start: int | jax.Array | None) -> common.Array:
+    """Positions as an array: NumPy's if they are known, so that a method can make constants of them."""
     if start is None:
-        return jnp.asarray(positions)
+        return positions
+    if isinstance(start, int) and isinstance(positions, int):
+        return np.arange(start, start + positions, dtype=np.int32)
     return start + jnp.arange(positions, dtype=jnp.int32)
 
 

@@ -27,7 +27,8 @@ class Call:
       offset: position of query 0 minus that of key 0: an int, or traced; None: positions are not known to be
         consecutive.
       causal, window: as in `wavelet_jax.attention.attention`.
-      query_positions, key_positions: int32 [T] or [B, T], and [S] or [B, S]; None: only `offset` is known.
+      query_positions, key_positions: int32 [T] or [B, T], and [S] or [B, S], NumPy's if they
+        are known; None: only `offset` is known.
       segment_ids: int32 ([B, T], [B, S]) or None.
       mask: bool [B or 1, H or 1, T or 1, S or 1] or None; False hides a key.
       dropout_rate, dropout_key: of dropout on the attention probabilities.
@@ -45,8 +46,8 @@ class Call:
     offset: int | jax.Array | None
     causal: bool = True
     window: int | None = None
-    query_positions: jax.Array | None = None
-    key_positions: jax.Array | None = None
+    query_positions: Array | None = None
+    key_positions: Array | None = None
     segment_ids: tuple[Array, Array] | None = None
     mask: jax.Array | None = None
     dropout_rate: float = 0.0

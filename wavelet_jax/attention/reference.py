@@ -33,14 +33,18 @@ def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.
         visible = _visible(distance, call.causal, call.window, segment_ids, mask)
         return _attend(query, key, value, added, visible, distance.ndim == 3, call.dropout_rate, dropout_key)
 
-    query_positions, key_positions = _positions(call)
+    if call.offset is None:
+        query_positions, key_positions = (jnp.asarray(positions) for positions in _positions(call))
+    else:  # not from arrays that are known, of which XLA would make one constant of queries x keys
+        query_positions = call.offset + jnp.arange(call.queries, dtype=jnp.int32)
+        key_positions = jnp.arange(call.keys, dtype=jnp.int32)
     distance = query_positions[..., :, None] - key_positions[..., None, :]  # [T, S] or [B, T, S]
     added = common.evaluate(call.terms, distance)
     arrays = query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, distance, call.segment_ids, call.mask, call.dropout_key
     return common.in_auto_mode(compute, *arrays)
 
 
-def _positions(call: Call) -> tuple[jax.Array, jax.Array]:
+def _positions(call: Call) -> tuple[common.Array, common.Array]:
     assert call.query_positions is not None
     assert call.key_positions is not None
     return call.query_positions, call.key_positions

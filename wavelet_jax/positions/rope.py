@@ -1,18 +1,25 @@
 """Rotary position embedding (Su et al., "RoFormer", arXiv 2104.09864): queries and keys rotated by position."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
-from wavelet_jax.angles import angle
+from wavelet_jax.angles import angle, int32_or_float
+from wavelet_jax.concrete import concretely
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.positions.terms import Params, Terms
 from wavelet_jax.ranges import Range, check_options
 
 LAYOUTS = ("half_split", "interleaved")
+# Known positions whose cosines and sines take more than this are left to the program: constants are in its text too.
+_MOST_BYTES = 2**26
 THETA = Range(1)  # frequencies are then at most 1 radian per position, as `angle` wants them below 2 pi
 
 
@@ -22,7 +29,7 @@ def frequencies(dim: int, theta: float = 10000.0) -> np.ndarray:
     return theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
-def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, layout: str = "half_split") -> jax.Array:
+def rotate(x_BxTxHxD: jax.Array, positions: ArrayLike, theta: float = 10000.0, layout: str = "half_split") -> jax.Array:
     """Rotates each pair of head dimensions i by position * theta^(-2i/D), in float32; the dtype of x is kept.
 
     Args:
@@ -37,9 +44,10 @@ def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, l
     """
     if layout not in LAYOUTS:
         raise unknown("RoPE layout", layout, LAYOUTS)
-    angles = angle(positions, frequencies(x_BxTxHxD.shape[-1], theta))[..., None, :]  # [.., T, 1, D/2]
-    angles = angles.reshape((1,) * (x_BxTxHxD.ndim - angles.ndim) + angles.shape)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (
+        wave[..., None, :].reshape((1,) * (x_BxTxHxD.ndim - wave.ndim - 1) + (*wave.shape[:-1], 1, wave.shape[-1]))
+        for wave in _waves(positions, x_BxTxHxD.shape[-1], theta)
+    )
     x = x_BxTxHxD.astype(jnp.float32)
     if layout == "half_split":
         first, second = jnp.split(x, 2, axis=-1)
@@ -48,6 +56,29 @@ def rotate(x_BxTxHxD: jax.Array, positions: jax.Array, theta: float = 10000.0, l
         first, second = x[..., 0::2], x[..., 1::2]
         rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
     return rotated.astype(x_BxTxHxD.dtype)
+
+
+def _waves(positions: ArrayLike, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the angles, [.., T, D/2] float32: constants of the program where the positions are known."""
+    if isinstance(positions, Tracer) or np.size(positions) * dim * 4 > _MOST_BYTES:
+        angles = angle(positions, frequencies(dim, theta))
+        return jnp.cos(angles), jnp.sin(angles)
+    known = np.asarray(int32_or_float(positions))
+    return _constant_waves(known.tobytes(), known.dtype.str, known.shape, dim, theta)()
+
+
+@functools.lru_cache(maxsize=16)
+def _constant_waves(
+    positions: bytes, dtype: str, shape: tuple[int, ...], dim: int, theta: float
+) -> Callable[[], tuple[jax.Array, jax.Array]]:
+    """A function of a program, which gives `_waves` of the positions in these bytes.
+
+    It is one function for queries, keys and all layers, so that a program holds these numbers once.
+    """
+    with concretely():
+        angles = angle(np.frombuffer(positions, dtype).reshape(shape), frequencies(dim, theta))
+        waves = np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
+    return jax.jit(lambda: jax.tree.map(jnp.asarray, waves))
 
 
 @dataclasses.dataclass(frozen=True)

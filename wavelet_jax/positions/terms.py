@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
+import numpy as np
 
 Params = dict[str, jax.Array]
 
@@ -23,7 +24,8 @@ class Terms:
 
     Attributes:
       embed: positions [...] -> [..., d_model], added to the token embedding (sinusoidal, learned).
-      rotate: (x [B, T, H, D], positions [T] or [B, T]) -> x, applied to queries and keys (RoPE).
+      rotate: (x [B, T, H, D], positions [T] or [B, T]) -> x, applied to queries and keys (RoPE). Positions are NumPy's
+        if they are known while tracing.
       relative_keys: distances [...] -> [..., D] or [H, ..., D] (wavelet, Shaw, Transformer-XL).
       relative_values: distances [...] -> [..., D] or [H, ..., D] (Shaw's value side).
       content_bias, position_bias: [H, D] each: u and v of Transformer-XL.
@@ -35,7 +37,7 @@ class Terms:
     """
 
     embed: Callable[[jax.Array], jax.Array] | None = None
-    rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    rotate: Callable[[jax.Array, jax.Array | np.ndarray], jax.Array] | None = None
     relative_keys: Callable[[jax.Array], jax.Array] | None = None
     relative_values: Callable[[jax.Array], jax.Array] | None = None
     content_bias: jax.Array | None = None
