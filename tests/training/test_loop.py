@@ -70,6 +70,16 @@ def test_updates_move_nothing_between_host_and_devices_by_themselves(config, tmp
         jax.numpy.zeros(3) + np.ones(3)  # the guard guards, on a CPU too
 
 
+def test_a_run_that_resumes_holds_one_state(config, tmp_path, monkeypatch):
+    """Nothing is drawn where a checkpoint is restored: two states may not fit."""
+    config.train.steps = 2
+    loop.train(config, tmp_path / "run")
+    monkeypatch.setattr(steps, "draw", lambda *arguments: pytest.fail("a second state was drawn"))
+    config.train.steps = 3
+    loop.train(config, tmp_path / "run")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] == 3
+
+
 def test_norms_are_those_of_parameters_and_updates(config, tmp_path):
     """The last update's, from parameters saved before and after it."""
     config.train.steps = 2

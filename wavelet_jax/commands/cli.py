@@ -2,6 +2,7 @@
 
 import ctypes
 import logging as std_logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from wavelet_jax.commands import flag_errors, terminal
 from wavelet_jax.config.keys import flatten
 from wavelet_jax.errors import UserError, one_line
 from wavelet_jax.files.reading import user_path
+from wavelet_jax.hardware import devices
 from wavelet_jax.parallel import processes
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
@@ -116,12 +118,27 @@ def _keep_memory() -> None:
     """Lets glibc keep what XLA's CPU runtime frees at every step, which halves the time of a step on two cores.
 
     Above 32 MB malloc maps and unmaps fresh pages each time, and every page is zeroed on its first touch. Other C
-    libraries have no `mallopt` and are left alone.
+    libraries have no `mallopt` and are left alone, and so are machines with an accelerator: there the host's many
+    threads, which read and tokenize, would wait for the one arena.
     """
+    if devices.has_accelerator():
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
             mallopt(option, value)
+
+
+def _keep_programs() -> None:
+    """Keeps compiled programs in the user's cache, where programs are for accelerators and take minutes.
+
+    A cache that the user has chosen (`JAX_COMPILATION_CACHE_DIR`) stays. Programs for CPUs are compiled in seconds, and
+    only run on CPUs like the one that they were compiled on: a home folder may be shared by several kinds.
+    """
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None and devices.has_accelerator():
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "wavelet_jax" / "programs"))
 
 
 class _Shown(std_logging.Handler):
@@ -155,6 +172,7 @@ def run(main: Callable[[], None]) -> None:
 
     terminal.protect()
     _keep_memory()
+    _keep_programs()
     try:
         app.run(start, flags_parser=_parse)
     except SystemExit as ended:  # also an ordinary end

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,6 +51,9 @@ TPU_MEMORY = {
     "TPU v6 lite": int(31.25 * 2**30),
     "TPU7x": int(94.75 * 2**30),
 }
+
+# Device files of TPUs (two drivers), NVIDIA's GPUs and AMD's.
+_ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
 
 # What libtpu is told of the machine that it compiles on: to look for no TPU there, which takes minutes of questions to
 # Google's metadata server and gives warnings, and to leave the lock of a TPU that is there to those that compute on it.
@@ -168,3 +172,9 @@ def total_flops(dtype: str) -> float:
     """FLOP/s of all devices together at their best. A machine's CPU is one, however many devices JAX makes of it."""
     copies = jax.process_count() if platform() == "cpu" else count()
     return copies * peak_flops(dtype)[0]
+
+
+def has_accelerator(files: Path = Path("/dev")) -> bool:
+    """Whether this machine has an accelerator that JAX may compute on, without asking JAX, which would take it."""
+    allowed = os.environ.get("JAX_PLATFORMS", "").split(",")
+    return allowed != ["cpu"] and any(any(files.glob(pattern)) for pattern in _ACCELERATORS)

@@ -25,24 +25,27 @@ from wavelet_jax.training import steps
 
 
 def state(
-    config: ConfigDict, workdir: Path, fresh: steps.State, abstract: steps.State, corpus: Corpus, mesh: Mesh
+    config: ConfigDict, workdir: Path, abstract: steps.State, corpus: Corpus, mesh: Mesh
 ) -> tuple[steps.State, int]:
     """The state of a run at its first update now, and its data position, windows.
+
+    A run that resumes holds one state: nothing is drawn where a checkpoint is restored.
 
     Args:
       config: of the run.
       workdir: its directory.
-      fresh: the state drawn from the seed.
-      abstract: shapes, dtypes and shardings of it.
+      abstract: shapes, dtypes and shardings of the state, from `steps.shapes`.
       corpus: that the run reads.
       mesh: where the state is.
 
     Raises:
-      UserError: checkpoints that cannot be used (`checkpoint.restore`), or an `init_from` that does not fit.
+      UserError: checkpoints that cannot be used (`checkpoint.restore`), a seed that `steps.seed_key` refuses, or an
+        `init_from` that does not fit.
     """
     restored = checkpoint.restore(workdir, abstract, fingerprint=corpus.fingerprint)
     if restored is not None:
         return restored
+    fresh = steps.draw(config, corpus.tokenizer.vocab_size, abstract)
     if config.train.init_from:
         params = _from_another(config, fresh.params, corpus, mesh)
         return dataclasses.replace(fresh, params=params), 0

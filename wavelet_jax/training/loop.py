@@ -48,14 +48,15 @@ def train(
     corpus = load_corpus(config)
     directory.check_processes(config, corpus.fingerprint)
     windows = train_windows(config, corpus)
-    graphdef, state, abstract_state = steps.init(config, corpus.tokenizer.vocab_size, mesh)
+    sizes.check(config, corpus.tokenizer.vocab_size)
+    graphdef, abstract_state = steps.shapes(config, corpus.tokenizer.vocab_size, mesh)
     train_step = steps.jit_train_step(config, graphdef, abstract_state, mesh)
     evaluators.make(config, corpus, graphdef, mesh)  # raises for a text that is too short
 
     # Nothing has been written so far: what is wrong with the config or the text shows above.
     with contextlib.ExitStack() as stack:
         stack.enter_context(directory.locked(workdir))
-        state, position = initial.state(config, workdir, state, abstract_state, corpus, mesh)
+        state, position = initial.state(config, workdir, abstract_state, corpus, mesh)
         first = int(state.step)
         if first > config.train.steps:
             raise UserError(f"{workdir} is at update {first} already, past train.steps {config.train.steps}")

@@ -113,9 +113,13 @@ def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef,
     """
     sizes.check(config, vocab_size)
     graphdef, abstract_state = shapes(config, vocab_size, mesh)
+    return graphdef, draw(config, vocab_size, abstract_state), abstract_state
+
+
+def draw(config: ConfigDict, vocab_size: int, abstract_state: State) -> State:
+    """The state before the first update, from `config.train.model_seed`, in the shardings of `shapes`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    state = jax.jit(functools.partial(_make_state, config, vocab_size), out_shardings=shardings)()
-    return graphdef, state, abstract_state
+    return jax.jit(functools.partial(_make_state, config, vocab_size), out_shardings=shardings)()
 
 
 def _make_state(config: ConfigDict, vocab_size: int) -> State:
