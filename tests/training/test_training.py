@@ -1,5 +1,7 @@
 """Loss, schedule, optimizer and the train step."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from configs.paper import table1
 from wavelet_jax.errors import UserError
 from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.parallel import sharding
+from wavelet_jax.positions import METHODS
 from wavelet_jax.training import steps
 from wavelet_jax.training.nag import nag
 from wavelet_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -282,3 +285,44 @@ def test_no_angle_of_rope_is_computed_in_a_step(small_config, remat):
     program = jax.jit(steps.make_train_step(config, graphdef)).lower(state, tokens).as_text()
     assert "stablehlo.cosine" not in program  # smoke's learning rate is constant
     assert "stablehlo.sine" not in program
+
+
+def products(config) -> list[str]:
+    """The matrix products of a train step, forward and backward, as the compiler is given them."""
+    graphdef, state = steps.shapes(config, VOCAB, sharding.make_mesh(config))
+    tokens = jax.ShapeDtypeStruct(steps.batch_shape(config), jnp.int32)
+    program = jax.jit(steps.make_train_step(config, graphdef)).lower(state, tokens).as_text()
+    return [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+
+
+HIGHEST = "precision = [HIGHEST, HIGHEST]"
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_is_float32(small_config, method, backend):
+    """On TPUs and GPUs too, which cut operands to bfloat16 and TF32 where no precision is stated."""
+    config = small_config(method)
+    config.model.attention_backend = backend
+    found = products(config)
+    assert len(found) > 40
+    assert all(HIGHEST in line for line in found)
+
+
+def test_a_lower_precision_is_for_products_with_parameters(small_config):
+    config = small_config("wavelet")
+    config.model.precision = "default"
+    lower = [line for line in products(config) if HIGHEST not in line]
+    # Query, key, value, out, gate, up and down of each layer, and the head; each of them forward, and two backward.
+    assert len(lower) == 3 * (7 * config.model.num_layers + 1)
+
+
+def test_products_of_bfloat16_are_of_bfloat16(small_config):
+    """But for the head's gradients, from float32 losses, which then take the device's fastest."""
+    config = small_config("rope")
+    config.model.dtype = "bfloat16"
+    config.model.attention_backend = "tiled"
+    of_bfloat16 = re.compile(r"\(tensor<[\dx]*xbf16>, tensor<[\dx]*xbf16>\)")
+    wide = [line for line in products(config) if not of_bfloat16.search(line)]
+    assert len(wide) == 2
+    assert not any(HIGHEST in line for line in wide)

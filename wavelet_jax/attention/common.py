@@ -142,11 +142,14 @@ def with_biases(
     return content, plus_bias(query_BxTxHxD, position_bias)
 
 
-def einsum(letters: str, x: Array, y: Array, precision: str | None = None) -> jax.Array:
-    """A product accumulated in float32, whatever the types of its operands; they are taken in the wider of both."""
+def einsum(letters: str, x: Array, y: Array) -> jax.Array:
+    """A product accumulated in float32, whatever the types of its operands; they are taken in the wider of both.
+
+    Float32 operands are not cut to the shorter formats that accelerators take by default (bfloat16, TF32).
+    """
     dtype = _wider(x, y)
     return jnp.einsum(
-        letters, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+        letters, x.astype(dtype), y.astype(dtype), precision="highest", preferred_element_type=jnp.float32
     )
 
 

@@ -7,7 +7,6 @@ evaluated at all: its numbers within the support are in the program, times the q
 the band is added at its place. Its arithmetic is the same whatever S is.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -18,13 +17,10 @@ from jax import lax
 
 from wavelet_jax.attention import common
 from wavelet_jax.attention.call import Call, unsupported_by_tiles
-from wavelet_jax.attention.common import split_heads
+from wavelet_jax.attention.common import einsum, split_heads
 from wavelet_jax.attention.relative import factors, tables
 from wavelet_jax.attention.tiled.skew import skew, unskew
 from wavelet_jax.positions.terms import Terms
-
-# As in the definition. Decoding waits for memory, so full precision costs nothing.
-_einsum = functools.partial(common.einsum, precision="highest")
 
 
 def unsupported(call: Call) -> list[str]:
@@ -49,10 +45,10 @@ def attend(query_BxTxHxD: jax.Array, key_BxSxKxD: jax.Array, value_BxSxKxD: jax.
         (batch, T, H, D), K = query.shape, key.shape[2]
         weights = _weights(query, key, added, band, offset, call.causal, window, segment_ids)
         with jax.named_scope("values"):
-            out_BxTxKxGxD = _einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+            out_BxTxKxGxD = einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
             if added.relative_values is not None:
                 table, heads = _by_kv_head(added.relative_values, 3, K)
-                out_BxTxKxGxD += _einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
+                out_BxTxKxGxD += einsum(f"bkgte,{heads}ed->btkgd", unskew(weights), table)
         return out_BxTxKxGxD.reshape(batch, T, H, D).astype(value.dtype)
 
     return common.in_auto_mode(compute, query_BxTxHxD, key_BxSxKxD, value_BxSxKxD, added, offset, call.segment_ids)
@@ -106,18 +102,18 @@ def _weights(
         return common.plus_bias(query_BxTxHxD, bias_HxD).reshape(batch, T, K, H // K, D)
 
     with jax.named_scope("scores"):
-        scores_BxKxGxTxS = _einsum("btkgd,bskd->bkgts", grouped(added.content_bias), key_BxSxKxD)
+        scores_BxKxGxTxS = einsum("btkgd,bskd->bkgts", grouped(added.content_bias), key_BxSxKxD)
         if added.relative_keys is not None:
             table, heads = _by_kv_head(added.relative_keys, 3, K)
-            G = _einsum(f"btkgd,{heads}ed->bkgte", grouped(added.position_bias), table)
+            G = einsum(f"btkgd,{heads}ed->bkgte", grouped(added.position_bias), table)
             scores_BxKxGxTxS += skew(G, S)
         if band is not None:
             query = grouped(added.position_bias)
             if band.near.project is not None:
                 project, heads = _by_kv_head(band.near.project, 3, K)
-                query = _einsum(f"btkgd,{heads}dc->btkgc", query, project)
+                query = einsum(f"btkgd,{heads}dc->btkgc", query, project)
             rows, heads = _by_kv_head(band.near.rows, 3, K)
-            G = _einsum(f"btkgc,{heads}ec->bkgte", query, rows)
+            G = einsum(f"btkgc,{heads}ec->bkgte", query, rows)
             scores_BxKxGxTxS = _add_band(scores_BxKxGxTxS, G, band.furthest, offset)
         scores_BxKxGxTxS /= math.sqrt(D)
         if added.bias is not None:

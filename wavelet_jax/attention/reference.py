@@ -1,6 +1,5 @@
 """The reference: attention with the full score matrix, in quadratic memory. Other backends are tested against it."""
 
-import functools
 import math
 
 import jax
@@ -8,9 +7,7 @@ import jax.numpy as jnp
 
 from wavelet_jax.attention import common
 from wavelet_jax.attention.call import Call
-
-# Float32 products are not cut to the shorter formats that accelerators take by default.
-_einsum = functools.partial(common.einsum, precision="highest")
+from wavelet_jax.attention.common import einsum
 
 
 def unsupported(call: Call) -> list[str]:
@@ -81,10 +78,10 @@ def _attend(
 
     with jax.named_scope("scores"):
         query = common.plus_bias(query_BxTxHxD, added.content_bias)
-        scores_BxHxTxS = _einsum("bthd,bshd->bhts", query, key_BxSxHxD)
+        scores_BxHxTxS = einsum("bthd,bshd->bhts", query, key_BxSxHxD)
         if added.relative_keys is not None:
             query = common.plus_bias(query_BxTxHxD, added.position_bias)
-            scores_BxHxTxS += _einsum(f"bthd,{einsum_axes(added.relative_keys)}->bhts", query, added.relative_keys)
+            scores_BxHxTxS += einsum(f"bthd,{einsum_axes(added.relative_keys)}->bhts", query, added.relative_keys)
         scores_BxHxTxS /= math.sqrt(query.shape[-1])
         if added.bias is not None:  # [H, T, S] or [H, B, T, S]
             bias = jnp.moveaxis(added.bias, 1, 0) if by_batch else added.bias[None]
@@ -98,9 +95,9 @@ def _attend(
             weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
 
     with jax.named_scope("values"):
-        out_BxTxHxD = _einsum("bhts,bshd->bthd", weights, value_BxSxHxD)
+        out_BxTxHxD = einsum("bhts,bshd->bthd", weights, value_BxSxHxD)
         if added.relative_values is not None:
-            out_BxTxHxD += _einsum(f"bhts,{einsum_axes(added.relative_values)}->bthd", weights, added.relative_values)
+            out_BxTxHxD += einsum(f"bhts,{einsum_axes(added.relative_values)}->bthd", weights, added.relative_values)
     return out_BxTxHxD.astype(value_BxSxKxD.dtype)
 
 

@@ -60,6 +60,10 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     model.attention_dropout = 0.0  # on attention probabilities
     model.activation_dropout = 0.0  # inside the feed-forward
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters are float32
+    # Precision of products of float32 activations with parameters: highest (float32 on every device) | high (three
+    # bfloat16 products on a TPU) | default (the device's fastest: bfloat16 on TPUs, TF32 on GPUs). Attention's own
+    # products of float32 numbers are always of the highest. On CPUs, and in bfloat16, all three are the same.
+    model.precision = "highest"  # highest | high | default
     # Rematerialization: what each block saves for the backward pass, which recomputes the rest. none: everything; dots:
     # outputs of matrix products and of attention; attention: outputs of attention only; block: nothing.
     model.remat = "none"  # none | dots | attention | block, from most memory to least

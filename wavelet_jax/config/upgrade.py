@@ -5,7 +5,7 @@ from typing import Any
 from wavelet_jax import positions
 from wavelet_jax.errors import UserError
 
-VERSION = 2
+VERSION = 3
 
 Tree = dict[str, Any]
 
@@ -14,8 +14,8 @@ def upgrade(tree: Tree) -> Tree:
     """A saved config in the layout of `VERSION`.
 
     Version 1, which has no `config_version`, held the options of all methods in `position`, and one seed for
-    parameters, dropout and the order of windows. Keys that are missing or unknown stay so: the reader of a config
-    names them.
+    parameters, dropout and the order of windows. Version 2 had no `model.precision`. Keys that are missing or unknown
+    stay so: the reader of a config names them.
 
     Args:
       tree: {section: {key: value}}, as config.json has it. It is not changed.
@@ -28,7 +28,9 @@ def upgrade(tree: Tree) -> Tree:
         raise UserError(f"config_version is {version!r}, not a whole number from 1")
     if version > VERSION:
         raise UserError(f"it is of version {version}, and this code reads versions up to {VERSION}: update wavelet_jax")
-    return _from_1(tree) if version == 1 else tree
+    for step in (_from_1, _from_2)[version - 1 :]:
+        tree = step(tree)
+    return tree
 
 
 def _from_1(tree: Tree) -> Tree:
@@ -48,7 +50,14 @@ def _from_1(tree: Tree) -> Tree:
         foreign = {option for method in positions.METHODS for option in positions.options(method)} - own.keys()
         sections["position"] = {key: value for key, value in position.items() if key not in foreign}
     sections["evaluators"] = {"validation": _validation(tree)}
-    return {"config_version": VERSION, **sections}
+    return {"config_version": 2, **sections}
+
+
+def _from_2(tree: Tree) -> Tree:
+    model = tree.get("model")
+    if isinstance(model, dict):  # what runs did before there was this key
+        model = {"precision": "default", **model}
+    return {**tree, "config_version": 3, **({} if model is None else {"model": model})}
 
 
 def _validation(tree: Tree) -> Tree:

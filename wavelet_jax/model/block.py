@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, sharded
+from wavelet_jax.model.vocabulary import precision_of
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.terms import Params
 
@@ -37,6 +38,7 @@ class Block(nnx.Module):
             nnx.Linear,
             use_bias=config.model.use_bias,
             dtype=config.model.dtype,
+            precision=precision_of(config),
             kernel_init=INITIALIZERS[config.model.initializer],
             rngs=rngs,
         )

@@ -22,12 +22,13 @@ from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params, dropout
 from wavelet_jax.model.cache import KVCache
-from wavelet_jax.model.vocabulary import AdaptiveVocabulary
+from wavelet_jax.model.vocabulary import AdaptiveVocabulary, precision_of
 from wavelet_jax.parallel.sharding import constrain
 from wavelet_jax.positions.absolute import check_positions
 
 VOCABULARIES = ("full", "adaptive")
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("highest", "high", "default")
 # What the blocks keep of a forward pass, beside their inputs, for the backward pass, which computes the rest again.
 _KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED_RESIDUALS)
 _KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # products with parameters, and not scores
@@ -72,7 +73,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ConfigDict, vocab_size: int, *, rngs: nnx.Rngs):
         check(config)
         width = config.model.d_model
-        self.dtype = jnp.dtype(config.model.dtype)
+        self.dtype, self.precision = jnp.dtype(config.model.dtype), precision_of(config)
         self.remat = config.model.remat
         self.embedding_scale = np.sqrt(width) if config.model.scale_embedding else 1.0
         self.kv_shape = (config.model.num_kv_heads, config.model.head_dim)
@@ -270,7 +271,12 @@ class Decoder(nnx.Module):
             if isinstance(self.embedding, AdaptiveVocabulary):
                 return self.embedding.log_probs(hidden_BxTxE)
             kernel_ExV = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
-            return jnp.dot(hidden_BxTxE, kernel_ExV.astype(self.dtype), preferred_element_type=jnp.float32)
+            return jnp.dot(
+                hidden_BxTxE,
+                kernel_ExV.astype(self.dtype),
+                precision=self.precision,
+                preferred_element_type=jnp.float32,
+            )
 
     def losses(
         self, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, *, dropout_key: jax.Array | None = None
@@ -293,6 +299,7 @@ def check(config: ConfigDict) -> None:
         ("initializer", INITIALIZERS),
         ("vocabulary", VOCABULARIES),
         ("dtype", DTYPES),
+        ("precision", PRECISIONS),
         ("remat", REMATS),
         ("attention_backend", ("auto", *BACKENDS)),
     ):

@@ -49,6 +49,11 @@ def clusters(config: ConfigDict, vocab_size: int) -> list[tuple[int, int, int]]:
     return [(bounds[i], bounds[i + 1], width // factor**i) for i in range(len(cutoffs) + 1)]
 
 
+def precision_of(config: ConfigDict) -> str:
+    """`config.model.precision` of a float32 model; in bfloat16 only the head's gradients are float32, and not exact."""
+    return config.model.precision if config.model.dtype == "float32" else "default"
+
+
 class AdaptiveVocabulary(nnx.Module):
     """The vectors of all words, into the model and out of it.
 
@@ -62,7 +67,7 @@ class AdaptiveVocabulary(nnx.Module):
     def __init__(self, config: ConfigDict, vocab_size: int, *, kernel_init, rngs: nnx.Rngs):
         width = config.model.d_model
         self.clusters = tuple(clusters(config, vocab_size))
-        self.dtype = jnp.dtype(config.model.dtype)
+        self.dtype, self.precision = jnp.dtype(config.model.dtype), precision_of(config)
         self.dropout = nnx.Dropout(config.model.adaptive_dropout)
         self.words, self.projections = nnx.List(), nnx.List()
         for start, stop, narrow in self.clusters:
@@ -81,7 +86,8 @@ class AdaptiveVocabulary(nnx.Module):
         ):
             mine = (start <= ids) & (ids < stop)
             vectors = words_NxD[...][jnp.clip(ids - start, 0, stop - start - 1)]
-            x += jnp.where(mine[..., None], vectors, 0).astype(self.dtype) @ projection_DxE[...].astype(self.dtype)
+            narrow = jnp.where(mine[..., None], vectors, 0).astype(self.dtype)
+            x += jnp.dot(narrow, projection_DxE[...].astype(self.dtype), precision=self.precision)
         return x
 
     def cluster_of(self, ids: jax.Array) -> jax.Array:
@@ -142,7 +148,12 @@ class AdaptiveVocabulary(nnx.Module):
         return self._product(self._drop(narrow, dropout_key), self.words[i][...].T)
 
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return jnp.dot(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
 
     def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.dropout(x, deterministic=key is None, rngs=key)

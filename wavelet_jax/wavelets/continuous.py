@@ -200,6 +200,11 @@ def support(
 ) -> int | None:
     """The distance past which every wavelet of the grid stays below `tolerance`.
 
+    Args:
+      scales, shifts: [D], the grid, in tokens.
+      mother: one of `MOTHERS`, or a function like them.
+      tolerance: of |psi|, whose largest value is 1.
+
     Returns:
       A count of tokens (652 for Ricker at 1e-4 with scales 2^0..2^7 and shifts 0..15), or None where it is
       past any int32 distance.
