@@ -203,7 +203,7 @@ def support(
     Args:
       scales, shifts: [D], the grid, in tokens.
       mother: one of `MOTHERS`, or a function like them.
-      tolerance: of |psi|, whose largest value is 1.
+      tolerance: a value of |psi|.
 
     Returns:
       A count of tokens (652 for Ricker at 1e-4 with scales 2^0..2^7 and shifts 0..15), or None where it is
