@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 
 import pytest
 import yaml
@@ -107,3 +108,19 @@ def test_configs_of_the_commands_exist():
 def test_paths_that_the_page_names_exist():
     for path in re.findall(r"`((?:tests|wavelet_jax|configs|docs)/[\w./]+)`", PAGE):
         assert (ROOT / path).exists(), path
+
+
+def test_the_image_is_that_of_the_manifests():
+    """Its name and folder, and an extra that the package has."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    jobset = next(document for text in YAML for document in yaml.safe_load_all(text) if document["kind"] == "JobSet")
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    built = re.search(r"docker build --build-arg EXTRA=(\w+) --tag (\S+) \.", "\n".join(BASH))
+    assert f"docker build {built[0].removeprefix('docker build ')}" in dockerfile
+    assert built[2] == container["image"]
+    assert re.search(r"^WORKDIR (.*)$", dockerfile, re.MULTILINE)[1] == container["workingDir"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {built[1], *re.findall(r"`EXTRA=(\w+)`", PAGE)} <= extras.keys()
+    copied = {path for line in re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE) for path in line.split()}
+    assert all((ROOT / path).exists() for path in copied)
