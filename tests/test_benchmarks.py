@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import compilation
+from support.arrays import normal
 from support.compilation import quick_jit
 from support.project import ROOT
 
@@ -176,7 +177,7 @@ BY_COMPILER = (pytest.mark.slow, pytest.mark.filterwarnings("ignore"))  # of PyT
 def test_baselines_compute_the_same(name, method):
     """What attention is measured against is attention: else its times mean nothing."""
     length, heads, head_dim = 20, 2, 16
-    arrays = [np.random.default_rng(i).normal(size=(1, length, heads, head_dim)).astype(np.float32) for i in range(3)]
+    arrays = [normal(seed, 1, length, heads, head_dim) for seed in range(3)]
     terms = make(method, num_heads=heads, head_dim=head_dim).terms({})
     if name in baselines.JAX:
         theirs = quick_jit(baselines.JAX[name])(*arrays)

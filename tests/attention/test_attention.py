@@ -10,6 +10,7 @@ from support import oracle
 from support.arrays import normal
 from support.calls import EVERYWHERE
 from support.compilation import quick_jit
+from support.tolerances import OUTPUT
 
 from wavelet_jax.attention import api, attention, choose
 from wavelet_jax.errors import UserError
@@ -17,8 +18,6 @@ from wavelet_jax.positions import METHODS, make
 from wavelet_jax.positions.terms import Terms
 
 B, T, H, D = 2, 8, 4, 8
-# As in test_conformance.py.
-OUTPUT = 5e-6
 
 NOPE = Terms()
 every_backend = pytest.mark.parametrize("backend", EVERYWHERE)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.arrays import normal
 from support.compilation import quick_jit
+from support.tolerances import FLOAT32
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, decode, reference
@@ -18,8 +19,6 @@ from wavelet_jax.errors import UserError
 from wavelet_jax.positions.terms import Terms
 
 B, H, K, D = 2, 4, 2, 16
-# Sums of a few hundred products of unit normals in float32, in another order.
-FLOAT32 = 3e-6
 
 
 def arrays(T: int, S: int) -> tuple:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.arrays import normal
 from support.calls import (
-    FLOAT32,
     assert_same,
     float64_wavelet,
     inputs,
@@ -17,6 +17,7 @@ from support.calls import (
     value_and_gradients,
 )
 from support.compilation import quick_jit
+from support.tolerances import FLOAT32
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention
@@ -64,8 +65,7 @@ def test_arrays_hold_every_position_score_once(case):
     assert unsupported_by_kernels(call, SMALL) == []
     made = prepare(call, SMALL)
     layout, U, V = made.layout, SMALL.rows, SMALL.keys
-    generator = np.random.default_rng(0)
-    query, key = (np.float32(generator.normal(size=(1, length, heads, 16))) for length, heads in ((T, 4), (S, 2)))
+    query, key = normal(0, 1, T, 4, 16), normal(1, 1, S, 2, 16)
     arrays = jax.tree.map(np.asarray, quick_jit(functools.partial(arrays_of, made))(query, None, key, key))
     np.testing.assert_array_equal(arrays.key_BxKxSxD[:, :, layout.first_key : layout.end_key], key.swapaxes(1, 2))
 

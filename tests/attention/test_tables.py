@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import oracle
+from support import oracle, tolerances
 from support.arrays import normal
 from support.calls import EVERYWHERE, use_small_tiles
 from support.compilation import quick_jit
@@ -19,9 +19,9 @@ from wavelet_jax.model.decoder import make_position
 from wavelet_jax.positions import make
 from wavelet_jax.wavelets import scale_shift_grid, wavelet_position
 
-# Derived in tests/test_conformance.py for scores of sums of 48 products: here they are of 3 D = 384, and add up to the
-# same size, so that roundings are sqrt(8) times as large.
-OUTPUT, GRADIENT = 5e-6 * 8**0.5, 2e-6 * 8**0.5
+# Those of calls whose scores are sums of 48 products: here they are of 3 D = 384, and add up to the same size, so that
+# roundings are sqrt(8) times as large.
+OUTPUT, GRADIENT = tolerances.OUTPUT * 8**0.5, tolerances.GRADIENT * 8**0.5
 
 
 @functools.cache

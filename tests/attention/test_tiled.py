@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.calls import (
-    FLOAT32,
     assert_same,
     float64_wavelet,
     inputs,
@@ -21,6 +20,7 @@ from support.calls import (
     value_and_gradients,
 )
 from support.compilation import quick_jit
+from support.tolerances import FLOAT32
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, choose, tiled

@@ -1,4 +1,4 @@
-"""Calls of attention that several test files make: their inputs, gradients, tolerances and a float64 reference."""
+"""Calls of attention that several test files make: their inputs, gradients and a float64 reference."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,6 @@ from wavelet_jax.wavelets import continuous
 # Backends that support every call on every device, and so every test of attention; test_kernels.py and
 # test_gpu_kernels.py have the others.
 EVERYWHERE = tuple(name for name in BACKENDS if name not in ("pallas_tpu", "triton_gpu", "cudnn"))
-
-# Sums of a few hundred products of unit normals in float32, in another order.
-FLOAT32 = 3e-6
 
 
 def use_small_tiles(monkeypatch, sizes: TileSizes | None = None) -> None:
