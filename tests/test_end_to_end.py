@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from support.project import ROOT
+from support.project import ROOT, environment, program
 
 from wavelet_jax.runs import checkpoint, directory
 from wavelet_jax.runs.metrics import read_metrics
@@ -180,13 +180,8 @@ def test_a_signal_before_the_first_update_ends_at_once(data_flags, tmp_path):
 
 def test_a_second_signal_ends_at_once():
     """Also where the main thread is stuck."""
-    code = "import sys, time; from wavelet_jax.runs import stopping\nwith stopping.listen() as stop:\n"
-    code += "    assert not stop.requested(); print('ready', flush=True)\n"
-    code += "    while not stop.requested(): pass\n"
-    code += "    print('stopping', flush=True); time.sleep(1000)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command, pipes = program("stuck_after_a_signal"), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "stopping\n"

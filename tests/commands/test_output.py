@@ -3,12 +3,13 @@
 import csv
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.project import ROOT
+from support.project import ROOT, program, run
 
 from wavelet_jax.commands import terminal
 from wavelet_jax.errors import UserError
@@ -33,7 +34,7 @@ def train(text_files, tmp_path_factory):
 
 
 def shell(line: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    return run(["bash", "-c", line], timeout=200)
 
 
 def losses(workdir: Path) -> list[float]:
@@ -76,14 +77,9 @@ def test_an_evaluation_whose_table_is_lost_writes_its_files(whole, tmp_path):
         assert [row["length"] for row in csv.DictReader(file)] == ["64"]
 
 
-COMMAND = "from wavelet_jax.commands import cli, terminal\ncli.run(lambda: (print('all there is'), terminal.check()))"
-REFUSING = "from wavelet_jax.commands import cli; from wavelet_jax.runs import directory\n"
-REFUSING += "cli.run(lambda: directory.load_config(directory.Path('nothing')))"
-
-
 @pytest.mark.parametrize("broken", BROKEN)
 def test_an_error_whose_line_is_lost_has_its_exit_code(tmp_path, broken):
-    line = BROKEN[broken].format(command=f'{sys.executable} -c "{REFUSING}"', code=tmp_path / "code")
+    line = BROKEN[broken].format(command=shlex.join(program("load_no_run")), code=tmp_path / "code")
     assert shell(line).returncode == 2
 
 
@@ -91,7 +87,7 @@ def test_an_error_whose_line_is_lost_has_its_exit_code(tmp_path, broken):
 def test_a_command_that_has_nothing_but_its_output_says_that_it_is_lost(tmp_path, broken, code):
     """A closed descriptor is asked for, and a reader that has left has read what it wanted."""
     line = BROKEN[broken].replace(" 2>&1", "", 1) if broken == "a full disk" else BROKEN[broken]
-    out = shell(line.format(command=f'{sys.executable} -c "{COMMAND}"', code=tmp_path / "code"))
+    out = shell(line.format(command=shlex.join(program("print_and_check")), code=tmp_path / "code"))
     assert out.returncode == code
     assert ("error: the output could not be written (No space left on device)" in out.stderr) == bool(code)
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from absl import logging
 from support.corpora import END, byte_ids, folders, make_config
+from support.project import environment, program
 
 from wavelet_jax.data import Windows, corpus, file_digests, load_corpus, notes, sources, tokenizers
 from wavelet_jax.errors import UserError
@@ -776,21 +776,9 @@ def test_damaged_cache_is_rebuilt(load, lines, builds, warnings, tmp_path, damag
 
 def test_killed_build_is_recovered(load, lines, tmp_path):
     """SIGKILL in the middle of tokenising: no corpus is there, the next run builds it and removes what was left."""
-    program = f"""
-        import time
-        from ml_collections import ConfigDict
-        from wavelet_jax.data import load_corpus, tokenizers
-        encode, seen = tokenizers.Byte.encode, []
-        def slow(self, text):
-            seen.append(text)
-            if len(seen) == 5:
-                print("in the middle", flush=True)
-                time.sleep(600)
-            return encode(self, text)
-        tokenizers.Byte.encode = slow
-        load_corpus(ConfigDict({make_config(tmp_path / "cache", train_files=lines, document="line").to_dict()}))
-    """
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    config = make_config(tmp_path / "cache", train_files=lines, document="line")
+    command = program("build_slowly", json.dumps(config.to_dict()))
+    child = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     with child:
         try:
             assert child.stdout.readline() == "in the middle\n"

@@ -3,8 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 
@@ -15,7 +13,7 @@ import pytest
 from flax import nnx
 from support.compilation import quick_jit
 from support.packed import documents, one_layer, packed_batch
-from support.project import ROOT, program, run
+from support.project import ROOT, environment, program, run
 
 from wavelet_jax.data import Windows, read_ahead, train_windows
 from wavelet_jax.data.corpus import Corpus
@@ -247,22 +245,21 @@ def test_read_ahead_raises_in_its_place():
     items.close()
 
 
-def ended(program: str, interrupt: bool) -> tuple[int, str, float]:
+def ended(by: str) -> tuple[int, str, float]:
     """(exit code, stderr, seconds to the end) of a program that reads ahead, from the line that it prints."""
-    head = """
-        import contextlib, signal, time
-        from wavelet_jax.data import read_ahead
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
-    """
-    program = textwrap.dedent(head) + textwrap.dedent(program)
     child = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        program("read_ahead_until", by),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     with child:
         try:
             assert child.stdout.readline() == "reading\n", child.stderr.read()
             begin = time.monotonic()
-            if interrupt:
+            if by == "interrupt":
                 child.send_signal(signal.SIGINT)
             _, err = child.communicate(timeout=100)
             return child.returncode, err, time.monotonic() - begin
@@ -272,28 +269,14 @@ def ended(program: str, interrupt: bool) -> tuple[int, str, float]:
 
 def test_read_ahead_ends_with_the_program():
     """An error in the loop, with or without `close`: what is under way is waited for, and what is not is not begun."""
-    program = """
-        items = read_ahead(lambda number: time.sleep(1.0 if number else 0) or number, 10**6, 2)
-        next(items)
-        print("reading", flush=True)
-        raise RuntimeError("of the loop")
-    """
-    code, err, seconds = ended(program, interrupt=False)
+    code, err, seconds = ended("error")
     assert code == 1
     assert "RuntimeError: of the loop" in err
     assert seconds < 30
 
 
 def test_read_ahead_can_be_interrupted():
-    program = """
-        items = read_ahead(lambda number: time.sleep(1.0 if number else 0) or number, 10**6, 2)
-        with contextlib.closing(items):
-            next(items)
-            print("reading", flush=True)
-            for item in items:
-                pass
-    """
-    code, err, seconds = ended(program, interrupt=True)
+    code, err, seconds = ended("interrupt")
     assert code == -signal.SIGINT
     assert "KeyboardInterrupt" in err
     assert seconds < 30

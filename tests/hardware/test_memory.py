@@ -3,11 +3,10 @@
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.project import ROOT
+from support.project import ROOT, environment, program
 
 from wavelet_jax.hardware import memory
 
@@ -170,23 +169,14 @@ def test_in_use_is_0_where_the_system_does_not_say(system):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_a_process_under_ulimit():
     """A real one: what cannot be allocated is refused by name before it is tried."""
-    code = (
-        "from configs import smoke\nfrom wavelet_jax.errors import UserError\n"
-        "from wavelet_jax.hardware import memory\nfrom wavelet_jax.training import sizes\n"
-        "print(*memory.available()); print(memory.in_use() > 2**28)\n"
-        "config = smoke.get_config('nope'); sizes.check(config)\n"
-        "config.model.d_ff = 2**22\n"
-        "try: sizes.check(config)\n"
-        "except UserError as error: print(error)"
-    )
     limit = min(8 * GIB, MACHINE) // 1024 * 1024
     ran = subprocess.run(
-        ["bash", "-c", f'ulimit -v {limit // 1024}; exec "$@"', "bash", sys.executable, "-c", code],
+        ["bash", "-c", f'ulimit -v {limit // 1024}; exec "$@"', "bash", *program("check_sizes")],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=environment(JAX_PLATFORMS="cpu"),
     )
     available, mapped, refused = ran.stdout.splitlines()
     assert available == f"{limit} this process (ulimit -v)"

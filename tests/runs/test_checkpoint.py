@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -314,12 +313,9 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path, warned):
 
 
 def test_a_second_trainer_is_refused(tmp_path):
-    code = "import sys, pathlib\nfrom wavelet_jax.runs import directory\n"
-    code += "with directory.locked(pathlib.Path(sys.argv[1])):\n"
-    code += "    print('held', flush=True); sys.stdin.read()"
-    first = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = program("holding_a_run", tmp_path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes)
     with first:
         assert first.stdout.readline() == "held\n"
         with (
