@@ -94,7 +94,7 @@ def classes(maps: Maps, layer: int, head: int, threshold: float) -> np.ndarray:
 
 
 def receptive_field(rows: Sequence[Mapping[str, Any]], length: int, path: Path, *, note: str) -> None:
-    """Distances that hold 50, 90 and 99% of each head's attention, a panel a model, beside windows by positions alone.
+    """Distances that hold 50, 90 and 99% of each head's attention, a panel per model, and windows by positions alone.
 
     Args:
       rows: of `receptive_field.rows`, of one or more models.
@@ -157,7 +157,7 @@ def receptive_field(rows: Sequence[Mapping[str, Any]], length: int, path: Path, 
 
 
 def gradient(curves: Mapping[str, np.ndarray], train_length: Sequence[int], path: Path, *, note: str) -> None:
-    """Cumulative normalized gradient (Chi et al.) against the distance from the last token, a line a model."""
+    """Cumulative normalized gradient (Chi et al.) against the distance from the last token, one line per model."""
     figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     for i, (name, curve) in enumerate(curves.items()):
         axes.plot(np.arange(1, len(curve) + 1), curve, color=COLORS[i % len(COLORS)], label=style.plain(name))

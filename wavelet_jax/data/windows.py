@@ -1,6 +1,6 @@
 """Windows of a token stream in a shuffled order that is a pure function of (seed, number), and reading them ahead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -82,7 +82,7 @@ def check_packing(config) -> None:
         raise unknown("config.data.packing", config.data.packing, PACKINGS)
 
 
-def read_ahead(item_of: Callable[[int], Item], count: int, ahead: int) -> Any:
+def read_ahead(item_of: Callable[[int], Item], count: int, ahead: int) -> Generator[Item, None, None]:
     """item_of(0), item_of(1), .. item_of(count - 1), in this order, made on Grain's threads before they are asked for.
 
     What is made is that of calling the function here, so nothing of it belongs to a run's state. An error of the
@@ -97,4 +97,5 @@ def read_ahead(item_of: Callable[[int], Item], count: int, ahead: int) -> Any:
     import grain
 
     items = grain.MapDataset.range(count).map(item_of)
-    return iter(items.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)))
+    reading: Any = iter(items.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)))
+    return reading

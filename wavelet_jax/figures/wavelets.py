@@ -10,7 +10,7 @@ from wavelet_jax.wavelets import discrete, scale_shift_grid, wavelet_position
 
 
 def wavelets_by_scale(exponents: Sequence[int], path: Path, mother: str = "ricker") -> None:
-    """psi(t / a) for a = 2^e, one line a scale: the paper's Figures 4 (e = 0 .. 4) and 5 (e = 5 .. 9)."""
+    """psi(t / a) for a = 2^e, one line per scale: the paper's Figures 4 (e = 0 .. 4) and 5 (e = 5 .. 9)."""
     figure, axes = style.new_figure()
     reach = 5 * 2.0 ** max(exponents)
     t = np.linspace(-reach, reach, 2001)

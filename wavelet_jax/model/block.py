@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, sharded
-from wavelet_jax.model.vocabulary import precision_of
+from wavelet_jax.model.layers import dropout, precision_of
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.terms import Params
 
@@ -162,8 +162,3 @@ class Block(nnx.Module):
 def as_params(arrays: dict[str, jax.Array]) -> nnx.Dict:
     """A position method's arrays as parameters of a module."""
     return nnx.Dict({name: nnx.Param(array) for name, array in arrays.items()})
-
-
-def dropout(layer: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Dropout of `x` by `key`; `x` itself if the key is None."""
-    return layer(x, deterministic=key is None, rngs=key)

@@ -20,9 +20,10 @@ from wavelet_jax import positions
 from wavelet_jax.attention import BACKENDS, SAVED_RESIDUALS
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params, dropout
+from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params
 from wavelet_jax.model.cache import KVCache
-from wavelet_jax.model.vocabulary import AdaptiveVocabulary, precision_of
+from wavelet_jax.model.layers import dropout, precision_of
+from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import constrain
 from wavelet_jax.positions.absolute import check_positions
 
@@ -78,12 +79,11 @@ class Decoder(nnx.Module):
         self.embedding_scale = np.sqrt(width) if config.model.scale_embedding else 1.0
         self.kv_shape = (config.model.num_kv_heads, config.model.head_dim)
         self.method = make_position(config)
-        self.adaptive = config.model.vocabulary == "adaptive"
         # Rows are taken in float32 and then cast: the gradient of a row is a sum over all of its tokens, and a
         # thousand ones in bfloat16 add up to 256.
         self.embedding = (
             AdaptiveVocabulary(config, vocab_size, kernel_init=INITIALIZERS[config.model.initializer], rngs=rngs)
-            if self.adaptive
+            if config.model.vocabulary == "adaptive"
             else nnx.Embed(
                 vocab_size, width, dtype=jnp.float32, embedding_init=nnx.initializers.normal(width**-0.5), rngs=rngs
             )

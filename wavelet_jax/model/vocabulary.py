@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax.errors import UserError
+from wavelet_jax.model.layers import dropout, precision_of
 
 
 def clusters(config: ConfigDict, vocab_size: int) -> list[tuple[int, int, int]]:
@@ -47,11 +48,6 @@ def clusters(config: ConfigDict, vocab_size: int) -> list[tuple[int, int, int]]:
             f"model.adaptive_factor {factor} must divide model.d_model {width} once for each of model.cutoffs {cutoffs}"
         )
     return [(bounds[i], bounds[i + 1], width // factor**i) for i in range(len(cutoffs) + 1)]
-
-
-def precision_of(config: ConfigDict) -> str:
-    """`config.model.precision` of a float32 model; in bfloat16 only the head's gradients are float32, and not exact."""
-    return config.model.precision if config.model.dtype == "float32" else "default"
 
 
 class AdaptiveVocabulary(nnx.Module):
@@ -105,7 +101,7 @@ class AdaptiveVocabulary(nnx.Module):
         """
         count = len(self.clusters)
         keys = [None] * count if dropout_key is None else jax.random.split(dropout_key, count)
-        cluster, hidden = self.cluster_of(targets), self._drop(hidden, keys[0])
+        cluster, hidden = self.cluster_of(targets), dropout(self.dropout, hidden, keys[0])
         first = self.clusters[0][1]
         losses = cross_entropy(self._head(hidden), jnp.where(cluster == 0, targets, first + cluster - 1))
         for i in range(1, count):
@@ -145,7 +141,7 @@ class AdaptiveVocabulary(nnx.Module):
     def _tail(self, i: int, hidden: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """Logits of the words of cluster i, float32."""
         narrow = self._product(hidden, self.projections[i][...].T).astype(self.dtype)
-        return self._product(self._drop(narrow, dropout_key), self.words[i][...].T)
+        return self._product(dropout(self.dropout, narrow, dropout_key), self.words[i][...].T)
 
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.dot(
@@ -154,6 +150,3 @@ class AdaptiveVocabulary(nnx.Module):
             precision=self.precision,
             preferred_element_type=jnp.float32,
         )
-
-    def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.dropout(x, deterministic=key is None, rngs=key)

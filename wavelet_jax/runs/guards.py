@@ -121,8 +121,7 @@ class _Watch:
     def look(self) -> None:
         """Warns if the update that runs is slow by now."""
         with self._lock:
-            if self._since is not None:
-                self._tell_if_slow(self._clock())
+            self._tell_if_slow(self._clock())
 
     def _tell_if_slow(self, now: float) -> bool:
         if not self._factor or self._since is None or len(self._durations) < _NEEDED:

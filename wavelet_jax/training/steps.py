@@ -78,7 +78,7 @@ def token_losses(
     keys = None if dropout_key is None else jax.random.split(dropout_key, len(targets))
     by_chunk = jax.lax.map(jax.checkpoint(losses), (hidden, targets, keys))
     losses_BxPxT = jnp.moveaxis(by_chunk, 0, 2).reshape(batch, parts, -1)[:, :, : length // parts]
-    if model.adaptive:
+    if isinstance(model.embedding, AdaptiveVocabulary):
         losses_BxPxT = jnp.take_along_axis(losses_BxPxT, jnp.argsort(order_BxPxT, axis=2), axis=2)
     return losses_BxPxT.reshape(batch, length)
 
