@@ -16,9 +16,12 @@ from absl import flags
 from wavelet_jax.commands import cli
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import evaluate, protocols
+from wavelet_jax.files import places
 from wavelet_jax.files.reading import user_path
 
-WORKDIRS = flags.DEFINE_multi_string("workdir", [], "directory of a run; once for every run to compare")
+WORKDIRS = flags.DEFINE_multi_string(
+    "workdir", [], "directory of a run, or gs://BUCKET/RUN; once for every run to compare"
+)
 LENGTHS = flags.DEFINE_list("lengths", [], "lengths to evaluate at, tokens: 128,256,...")
 PROTOCOL = flags.DEFINE_string("protocol", "full_length", " | ".join(protocols.PROTOCOLS))
 STRIDE = flags.DEFINE_integer("stride", 0, "of sliding_window, tokens; 0 for half of each length")
@@ -33,7 +36,7 @@ VALIDATION_TEXT_FIELD = flags.DEFINE_string("validation_text_field", None, "its 
 DATA_ROOT = flags.DEFINE_string(
     "data_root", None, "folder that relative paths in the runs' config.data start from, instead of config.data.folder"
 )
-OUT = flags.DEFINE_string("out", None, "directory for the results")
+OUT = flags.DEFINE_string("out", None, "directory for the results, or gs://BUCKET/RESULTS")
 
 
 def main() -> None:
@@ -44,11 +47,11 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--lengths takes whole numbers, not {','.join(LENGTHS.value)}") from error
     evaluate.evaluate(
-        [user_path(workdir, "--workdir") for workdir in WORKDIRS.value],
+        [places.at(workdir, "--workdir") for workdir in WORKDIRS.value],
         lengths=lengths,
         protocol=PROTOCOL.value,
         stride=STRIDE.value,
-        out=user_path(OUT.value, "--out"),
+        out=places.at(OUT.value, "--out"),
         data_root=user_path(DATA_ROOT.value, "--data_root") if DATA_ROOT.value else None,
         changes=_given(MAX_TOKENS, BATCH_TOKENS, PREFILL_CHUNK, SEQUENCES, SEQUENCE_SEED),
         other_text=_given(VALIDATION_SPLIT, VALIDATION_FILES, VALIDATION_TEXT_FIELD),

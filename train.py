@@ -22,6 +22,7 @@ from wavelet_jax.commands import cli
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError
 from wavelet_jax.evaluation import evaluate
+from wavelet_jax.files import places
 from wavelet_jax.files.reading import user_path
 from wavelet_jax.runs import stopping
 from wavelet_jax.studies import compare
@@ -39,7 +40,9 @@ UTILIZATION = flags.DEFINE_float(
 VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, "with --compile_only: instead of what the config's tokenizer says"
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; runs/ and the config file's name if left out")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "directory of the run, or gs://BUCKET/RUN; runs/ and the config file's name if left out"
+)
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
         sizes.check(each)
     workdir = Path("runs") / cli.config_file("config").stem
     if WORKDIR.value is not None:
-        workdir = user_path(WORKDIR.value, "--workdir")
+        workdir = places.at(WORKDIR.value, "--workdir")
     with stopping.listen() as stop:
         if variants:
             compare.compare(config, variants, workdir, stop, PROFILE_STEPS.value)

@@ -1,10 +1,11 @@
 """Writing results into a folder: numbers first, then pictures. A picture that cannot be drawn costs no number."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import atomic
+from wavelet_jax.files import atomic, places
 
 
 def write(
@@ -23,7 +24,7 @@ def write(
       One line for each picture that could not be drawn.
     """
     failures = {}
-    with atomic.written_together(out) as partial:
+    with _written(out) as partial:
         for name, write_file in numbers.items():
             write_file(partial / name)
         for name, draw in pictures.items():
@@ -34,8 +35,21 @@ def write(
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 failures[name] = f"{name} could not be drawn ({reason})"
     for name in failures:
-        (out / name).unlink(missing_ok=True)
+        if (out / name).exists():
+            places.remove(out / name)
     return list(failures.values())
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """See `atomic.written_together`. In a bucket the files come one after another, in the order they were written."""
+    if not places.in_bucket(out):
+        with atomic.written_together(out) as partial:
+            yield partial
+        return
+    mirror = places.Mirror(out)
+    yield mirror.local
+    mirror.close()
 
 
 def check_drawn(failures: list[str], out: Path) -> None:

@@ -5,6 +5,9 @@ all files are added (`checksums`), and one rename makes it a checkpoint: it is t
 It is read only after all its files were found as they were written. One that is damaged is named and set aside, renamed
 to damaged-N, and the one before it used.
 
+In a bucket nothing can be renamed: a checkpoint is written in its place, and is one when its checksums are there, which
+come last. orbax's own mark comes after them, and a run that resumes adds it where a kill came between.
+
 A run that has saved nothing yet has an empty file, none-yet, in its folder of checkpoints. A folder with neither it nor
 a checkpoint is one that somebody has emptied, and the run is not started over (`check_whole`).
 """
@@ -14,9 +17,8 @@ import functools
 import logging as std_logging
 import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import atomic
+from wavelet_jax.files import places
 from wavelet_jax.parallel import peers, processes
 from wavelet_jax.parallel.sharding import path_of
 from wavelet_jax.runs import checksums, directory
 from wavelet_jax.runs.metrics import read_metrics
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder that a save has not committed yet
+_COMMITTED = "commit_success.txt"  # orbax's mark of a checkpoint in a bucket
 _DAMAGED = "damaged-"
 _NONE_YET = "none-yet"
 _PATIENCE = 30.0  # seconds that the run waits for a save before it says so
@@ -51,10 +54,10 @@ def check_whole(workdir: Path) -> None:
     A run that was killed before its first checkpoint is whole: it starts over.
     """
     folder = _folder(workdir)
-    atomic.refuse_links(*(workdir / name for name in directory.WRITTEN))
+    places.refuse_links(*(workdir / name for name in directory.WRITTEN))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: move it away, or use another --workdir")
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    there = set(places.names(folder))
     logged = read_metrics(workdir)
     if not (workdir / "config.json").exists():
         if (there - {_NONE_YET}) or logged:
@@ -75,7 +78,7 @@ def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointMa
     def add_checksums() -> None:
         """Called in process 0 when all processes have written and the folder waits for its name."""
         # The last by its update: one that failed may still be there.
-        checksums.write(max(folder.glob(f"*{_UNFINISHED}*"), key=lambda path: int(path.name.split(".")[0])))
+        checksums.write(max(_unfinished(folder), key=lambda path: int(path.name.split(".")[0])))
 
     options = ocp.CheckpointManagerOptions(
         max_to_keep=config.checkpoint.keep,
@@ -84,8 +87,8 @@ def open_manager(workdir: Path, config: ConfigDict) -> Iterator[ocp.CheckpointMa
     )
     _one_line_a_failure()
     if processes.is_first():  # a folder that cannot be written shows before the training
-        atomic.make_folder(folder)
-        (folder / _NONE_YET).touch()
+        places.make(folder)
+        places.touch(folder / _NONE_YET)
         _count(folder)
     with ocp.CheckpointManager(folder, options=options) as manager:
         try:
@@ -103,7 +106,7 @@ def latest_step(workdir: Path) -> int | None:
 def any_saved(workdir: Path) -> bool:
     """Whether a checkpoint is there, sound or not, or is being written."""
     folder = _folder(workdir)
-    return folder.is_dir() and any(name != _NONE_YET for name in os.listdir(folder))
+    return any(name != _NONE_YET for name in places.names(folder))
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, *, windows: int, fingerprint: str) -> None:
@@ -129,7 +132,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, *, windows: int,
 def wait(manager: ocp.CheckpointManager, step: int) -> None:
     """Waits for what is written in the background. Raises `UserError` if there is then no checkpoint of `step`."""
     failure = _settle(manager)
-    if step not in _steps(Path(manager.directory)):
+    if step not in _steps(places.given(manager.directory)):
         failure = failure or f"the checkpoint of update {step} could not be written"
         raise UserError(f"{failure}; make room, and give the same command again")
     if failure:
@@ -148,8 +151,10 @@ def restore(workdir: Path, abstract_state: Any, *, fingerprint: str) -> tuple[An
     folder = _folder(workdir)
     step, damaged = _newest_sound(folder)
     if processes.is_first():
-        for unfinished in folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        for unfinished in _unfinished(folder, but=[step, *damaged]):
+            places.remove(unfinished)
+        if step is not None:
+            _mark(folder / str(step))
         for number in damaged:
             _set_aside(folder / str(number))
     if jax.process_count() > 1:
@@ -186,18 +191,39 @@ def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str | N
 
 
 def _folder(workdir: Path) -> Path:
-    return (workdir / "checkpoints").absolute()
+    folder = workdir / "checkpoints"
+    return folder if places.in_bucket(folder) else folder.absolute()
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(name) for name in places.names(folder) if re.fullmatch(r"0|[1-9]\d*", name)]
 
 
 def _steps(folder: Path) -> list[int]:
     """Updates that have a checkpoint, sound or not."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return [int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)]
+    numbers, marks = _numbers(folder), (checksums.NAME, _COMMITTED)
+    if not places.in_bucket(folder):
+        return numbers
+    return [number for number in numbers if any((folder / str(number) / mark).exists() for mark in marks)]
+
+
+def _unfinished(folder: Path, but: Collection[int | None] = ()) -> list[Path]:
+    """What saves that were not committed have written; in a bucket also what is left of a removal, except for `but`."""
+    if not places.in_bucket(folder):
+        return list(folder.glob(f"*{_UNFINISHED}*"))
+    candidates = [folder / str(number) for number in _numbers(folder) if number not in but]
+    return [path for path in candidates if not (path / _COMMITTED).exists()]
+
+
+def _mark(checkpoint: Path) -> None:
+    """Gives a sound checkpoint in a bucket orbax's mark, without which orbax would neither count nor remove it."""
+    if places.in_bucket(checkpoint) and not (checkpoint / _COMMITTED).exists():
+        places.write(checkpoint / _COMMITTED, b"")
 
 
 def _count(folder: Path) -> None:
     """Removes the marker of a run without a checkpoint, once there is one."""
-    if _steps(folder):
+    if (folder / _NONE_YET).exists() and _steps(folder):
         (folder / _NONE_YET).unlink(missing_ok=True)
 
 
@@ -214,7 +240,7 @@ def _newest_sound(folder: Path) -> tuple[int | None, list[int]]:
                 sound = step
                 del reasons[step]
                 break
-        aside = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
+        aside = sorted(name for name in places.names(folder) if name.startswith(_DAMAGED))
         failed = sound is None and bool(reasons or aside)
     if jax.process_count() > 1:
         answer = np.array([-1 if sound is None else sound, failed])
@@ -243,7 +269,7 @@ def _set_aside(checkpoint: Path) -> None:
     names = [f"{_DAMAGED}{checkpoint.name}"]
     while (checkpoint.parent / names[-1]).exists():
         names.append(f"{names[0]}-{len(names) + 1}")
-    checkpoint.rename(checkpoint.parent / names[-1])
+    places.move(checkpoint, checkpoint.parent / names[-1], first=_COMMITTED)
 
 
 def _restore_data(checkpoint: Path, fingerprint: str) -> dict:
@@ -291,7 +317,7 @@ def _settle(manager: ocp.CheckpointManager) -> str | None:
         with _told_if_long(step):
             manager.wait_until_finished()
         if processes.is_first():
-            _count(Path(manager.directory))
+            _count(places.given(manager.directory))
         return None
     except Exception as error:
         return _failed(manager, step, error)
@@ -305,10 +331,11 @@ def _told_if_long(step: int | None) -> contextlib.AbstractContextManager[None]:
 
 def _failed(manager: ocp.CheckpointManager, step: int | None, error: BaseException) -> str:
     """Removes what a failed save has written, on a disk that may be full, and says what failed."""
-    folder = Path(manager.directory)
+    folder = places.given(manager.directory)
     if processes.is_first():
-        for unfinished in folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for unfinished in _unfinished(folder):
+                places.remove(unfinished)
     manager.reload()  # it counts the failed one as saved, and those that were to go for it as gone
     kept = max(_steps(folder), default=None)
     newest = "there is none before it" if kept is None else f"the newest is that of update {kept}"

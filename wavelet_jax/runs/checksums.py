@@ -5,8 +5,9 @@
 
 import concurrent.futures
 import hashlib
-import os
 from pathlib import Path
+
+from wavelet_jax.files import places
 
 NAME = "checksums.b2"
 THREADS = 8  # hashing lets go of the interpreter's lock; enough of them to keep a disk busy
@@ -20,16 +21,12 @@ def write(folder: Path) -> None:
     A checkpoint that was saved before there were checksums cannot be told from a damaged one: calling this for
     `Path("runs/x/checkpoints/500")` vouches for it as it is.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    names = [str(path.relative_to(folder)) for path in paths]
-    names = [name for name in names if name not in _NOT_READ]
+    names = [str(path).removeprefix(f"{folder}/") for path in places.files(folder)]
+    names = [name for name in names if name not in (NAME, *_NOT_READ)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(_digest, (folder / name for name in names))
         lines = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
-    with open(folder / NAME, "w", encoding="utf-8") as file:
-        file.write(f"# {_digest_of(lines.encode())}\n{lines}")
-        file.flush()
-        os.fsync(file.fileno())
+    places.write_through(folder / NAME, f"# {_digest_of(lines.encode())}\n{lines}".encode())
 
 
 def damage(folder: Path) -> str | None:
@@ -42,7 +39,7 @@ def damage(folder: Path) -> str | None:
             return "it is not a folder"
         if not any(folder.iterdir()):
             return "it is empty"
-        heading, _, lines = (folder / NAME).read_bytes().partition(b"\n")
+        heading, _, lines = places.read(folder / NAME).partition(b"\n")
         if heading != b"# " + _digest_of(lines).encode():
             return f"{NAME} is not as it was written"
         written = dict(line.split("  ", 1)[::-1] for line in lines.decode().splitlines())
@@ -50,17 +47,21 @@ def damage(folder: Path) -> str | None:
             found = pool.map(_digest, (folder / name for name in written))
             for (name, digest), digest_now in zip(written.items(), found, strict=True):
                 if digest_now != digest:
-                    return f"{name} is {'empty' if not (folder / name).stat().st_size else 'not as it was written'}"
+                    return f"{name} is {'not as it was written' if places.size(folder / name) else 'empty'}"
     except (FileNotFoundError, NotADirectoryError) as error:
-        return f"{Path(error.filename).relative_to(folder)} is missing"
+        return f"{str(error.filename).removeprefix(f'{folder}/')} is missing"
+    except places.Unreachable:  # says nothing of the checkpoint
+        raise
     except OSError as error:
         return f"it cannot be read: {error}"
     return None
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+    digest = hashlib.blake2b(digest_size=32)
+    for block in places.blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _digest_of(data: bytes) -> str:

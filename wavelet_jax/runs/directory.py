@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from wavelet_jax.config import saved
 from wavelet_jax.config.keys import json_values
-from wavelet_jax.errors import UserError, check_local
-from wavelet_jax.files import atomic, locks, reading
+from wavelet_jax.errors import UserError
+from wavelet_jax.files import atomic, locks, places, reading
 from wavelet_jax.parallel import processes
 from wavelet_jax.ranges import Range
+from wavelet_jax.runs import leases
 
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if os.isatty(2) else 30
@@ -61,9 +62,7 @@ def check_processes(config: ConfigDict, fingerprint: str) -> None:
 
 def save_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run of this config; `check_config` comes first."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with atomic.replaced(workdir / "config.json") as partial:
-        partial.write_text(config.to_json_best_effort(indent=2) + "\n")
+    places.write(workdir / "config.json", (config.to_json_best_effort(indent=2) + "\n").encode())
 
 
 def label(config: ConfigDict) -> str:
@@ -72,8 +71,10 @@ def label(config: ConfigDict) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `UserError` where a folder neither is there nor can be made, or cannot be written."""
-    check_local(folder)
+    """Raises `UserError` where a folder neither is there nor can be made, or cannot be written; or a bucket is not."""
+    places.check(folder)
+    if places.in_bucket(folder):
+        return
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "is not a folder" if not existing.is_dir() else "cannot be written"
@@ -92,12 +93,12 @@ def load_config(workdir: Path) -> saved.SavedConfig:
     Raises:
       UserError: there is no run, or its config.json is damaged.
     """
-    check_local(workdir)
+    places.check(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json): train one with train.py --workdir={workdir}")
     try:
-        return saved.of_tree(reading.parse_json(path.read_bytes(), "it"), path)
+        return saved.of_tree(reading.parse_json(places.read(path), "it"), path)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or use a new workdir") from error
 
@@ -106,13 +107,18 @@ def load_config(workdir: Path) -> saved.SavedConfig:
 def locked(workdir: Path) -> Iterator[None]:
     """Keeps other trainers out of `workdir`, which is made; the kernel lets go when this process ends in any way.
 
-    Of several processes of one run the first does it for all. File systems without locks are let through.
+    Of several processes of one run the first does it for all. File systems without locks are let through; in a bucket
+    the lock is a lease (`leases`).
 
     Raises:
       UserError: another process is training there; names it.
     """
     if not processes.is_first():
         yield
+        return
+    if places.in_bucket(workdir):
+        with leases.held(workdir):
+            yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
     with atomic.open_kept(workdir / "lock", "a+") as file:

@@ -14,10 +14,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import atomic, reading
+from wavelet_jax.files import places, reading
 from wavelet_jax.parallel import processes
 
 _FLUSH_INTERVAL = 10  # seconds between flushes of the TensorBoard file to the disk
+_UPLOAD_INTERVAL = 60  # the same to a bucket, where the whole file is written each time
 
 
 class Writer(Protocol):
@@ -88,9 +89,7 @@ class JsonLines:
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        with atomic.replaced(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = atomic.open_kept(self._path, "ab")  # says how much it has written, on a full disk too
+        self._file = places.open_log(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._waiting = b""
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
@@ -126,9 +125,11 @@ class TensorBoard:
         from tensorboardX.proto import event_pb2 as generated
 
         event_pb2: Any = generated  # protobuf adds its names when it is imported
-        atomic.make_folder(folder)
+        places.make(folder)
+        self._mirror = places.Mirror(folder)
+        self._interval = _UPLOAD_INTERVAL if places.in_bucket(folder) else _FLUSH_INTERVAL
         self._event, self._scalar = event_pb2.Event, summary.scalar
-        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._writer = event_file_writer.EventsWriter(str(self._mirror.local / "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start))
         self._flushed = time.monotonic()
@@ -137,19 +138,22 @@ class TensorBoard:
         """See `Writer`; the file is flushed every few seconds."""
         for name, value in metrics.items():
             self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
-        if time.monotonic() > self._flushed + _FLUSH_INTERVAL:
+        if time.monotonic() > self._flushed + self._interval:
             self._flushed = time.monotonic()
             self._writer.flush()
+            self._mirror.upload()
 
     def close(self) -> None:
         """See `Writer`."""
         self._writer.close()
+        self._mirror.close()
 
 
 class WeightsAndBiases:
-    """A run in Weights & Biases, in the project `config.log.wandb`; WANDB_MODE=offline keeps it in WORKDIR/wandb.
+    """A run in Weights & Biases, in the project `config.log.wandb`; WANDB_MODE=offline keeps it in WORKDIR/wandb,
+    or in ./wandb for a run in a bucket.
 
-    A run that resumes continues the same one, known by the run's directory.
+      A run that resumes continues the same one, known by the run's directory.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict):
@@ -161,7 +165,7 @@ class WeightsAndBiases:
             id=identity,
             resume="allow",
             name=str(workdir),
-            dir=workdir,
+            dir=None if places.in_bucket(workdir) else workdir,
             config=json.loads(config.to_json()),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
         )
@@ -188,7 +192,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
       UserError: a line is not a JSON object with its step.
     """
     path = workdir / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = places.read(path).split(b"\n")[:-1] if path.exists() else []
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     return [_metrics_of(line, f"{path}, line {number}") for number, line in numbered]
 

@@ -7,7 +7,7 @@ import jax
 from absl import logging
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import atomic
+from wavelet_jax.files import places
 
 
 def _parse(text: str, last: int) -> tuple[int, int]:
@@ -53,8 +53,9 @@ class Profile:
     def before(self, step: int) -> None:
         """Before the input of an update is read."""
         if self._steps and step == self._steps[0]:
-            atomic.refuse_links(self._folder)
-            jax.profiler.start_trace(self._folder)
+            places.refuse_links(self._folder)
+            self._mirror = places.Mirror(self._folder)
+            jax.profiler.start_trace(self._mirror.local)
             self._running = True
 
     def after(self, step: int, result: jax.Array) -> None:
@@ -68,3 +69,4 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            self._mirror.close()

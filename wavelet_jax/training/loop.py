@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from wavelet_jax.data import Corpus, Windows, load_corpus, read_ahead, train_windows
 from wavelet_jax.errors import UserError
+from wavelet_jax.files import places
 from wavelet_jax.hardware import devices
 from wavelet_jax.parallel import processes, sharding
 from wavelet_jax.runs import checkpoint, directory, guards, profiling, stopping, throughput
@@ -28,7 +29,7 @@ def train(
 
     Args:
       config: as `wavelet_jax/config/default.py` makes it. An empty `config.data.folder` is set to the current folder.
-      workdir: the run's directory, made if need be.
+      workdir: the run's directory, made if need be; gs://BUCKET/RUN for one in a bucket.
       stop: from `stopping.listen()`; None: signals do what they do in any program.
       profile_steps: "START:STOP", updates to trace into WORKDIR/profile.
 
@@ -37,7 +38,7 @@ def train(
         is not finite, or a last checkpoint that could not be written.
       SystemExit: after a signal, when the state is saved.
     """
-    workdir, stop = Path(workdir), stop or stopping.NoStop()
+    workdir, stop = places.given(workdir), stop or stopping.NoStop()
     config.data.folder = config.data.folder or str(Path.cwd())
     checks.check(config)
     sizes.check(config)
