@@ -150,10 +150,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in Weights & Biases, in the project `config.log.wandb`; WANDB_MODE=offline keeps it in WORKDIR/wandb,
-    or in ./wandb for a run in a bucket.
+    """A run in Weights & Biases, in the project `config.log.wandb`.
 
-      A run that resumes continues the same one, known by the run's directory.
+    WANDB_MODE=offline keeps it in WORKDIR/wandb, or in ./wandb for a run in a bucket. A run that resumes continues the
+    same one, known by the run's directory.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict):
