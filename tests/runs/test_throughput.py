@@ -132,11 +132,13 @@ def test_seconds_go_where_they_went():
         "validation": 3,
         "compile": 6,
     }
+    assert meter.spent() == {"updates": 7, "input": 4, "checkpoint": 0, "validation": 3, "compile": 6}
     assert line["tokens_per_second"] == pytest.approx(3 * 100 / 11)
     assert line["mfu"] == pytest.approx(3 * 50 / 11 / 10)
 
     with meter.pause("checkpoint"):
         now = 21.0
+    assert meter.spent() == {"updates": 7, "input": 4, "checkpoint": 1, "validation": 3, "compile": 6}
     with meter.input():
         now = 22.0  # since the checkpoint nothing runs
     update()

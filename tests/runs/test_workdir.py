@@ -198,7 +198,7 @@ def test_nothing_is_written_through_a_link(workdir, tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "folder"
     victim.write_text("precious")
     folder.mkdir()
-    for name in ("lock", "metrics.jsonl", "config.json", "tensorboard", "checkpoints", "profile"):
+    for name in ("lock", "metrics.jsonl", "sessions.jsonl", "config.json", "tensorboard", "checkpoints", "profile"):
         path = workdir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path.symlink_to(victim if "." in name or name == "lock" else folder)

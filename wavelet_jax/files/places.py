@@ -229,7 +229,10 @@ class BucketLog:
         return self
 
     def __exit__(self, *_) -> None:
-        pass
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is left to write."""
 
 
 def open_log(path: Path, data: bytes) -> IO[bytes] | BucketLog:

@@ -19,7 +19,7 @@ from wavelet_jax.runs import leases
 # Seconds between updates of a progress bar; in a log file every update is a line.
 PROGRESS_INTERVAL = 1 if os.isatty(2) else 30
 # All that a run writes, except for what wandb keeps of it in wandb/, which has links of its own.
-WRITTEN = ("config.json", "metrics.jsonl", "lock", "tensorboard", "checkpoints", "profile")
+WRITTEN = ("config.json", "metrics.jsonl", "sessions.jsonl", "lock", "tensorboard", "checkpoints", "profile")
 
 # Keys that may change when a run resumes. None affects the objective: mesh and memory options only change the order of
 # summation and the dropout masks; the text is known by its fingerprint, wherever its files are; a run that

@@ -57,6 +57,8 @@ class Meter:
         self._tokens, self._flops, self._peak, self._clock = tokens, flops, peak, clock
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="meter")
         self._last: Future[float] | None = None  # when the devices were done with the last update
+        self._made = clock()
+        self._lost_before: dict[str, float] = dict.fromkeys(LOST, 0.0)  # in lines that are closed
         self._start_line()
 
     def _start_line(self) -> None:
@@ -116,8 +118,15 @@ class Meter:
             "mfu": self._updates * self._flops / training / self._peak,
             **{f"{what}_share": lost / seconds for what, lost in self._lost.items()},
         }
+        for what, lost in self._lost.items():
+            self._lost_before[what] += lost
         self._start_line()
         return metrics
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since the meter was made: those lost, by `LOST`, and the rest as "updates". Starts no new line."""
+        lost = {what: self._lost_before[what] + self._lost[what] for what in LOST}
+        return {"updates": max(0.0, self._clock() - self._made - sum(lost.values())), **lost}
 
     def close(self) -> None:
         self._waiting.shutdown(wait=False, cancel_futures=True)

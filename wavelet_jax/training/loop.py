@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from wavelet_jax.errors import UserError
 from wavelet_jax.files import places
 from wavelet_jax.hardware import devices
 from wavelet_jax.parallel import processes, sharding
-from wavelet_jax.runs import checkpoint, directory, guards, profiling, stopping, throughput
+from wavelet_jax.runs import checkpoint, directory, guards, profiling, sessions, stopping, throughput
 from wavelet_jax.runs.metrics import MetricsLog, WeightsAndBiases
 from wavelet_jax.training import checks, evaluators, initial, sizes, steps
 
@@ -38,7 +39,7 @@ def train(
         is not finite, or a last checkpoint that could not be written.
       SystemExit: after a signal, when the state is saved.
     """
-    workdir, stop = places.given(workdir), stop or stopping.NoStop()
+    began, workdir, stop = time.monotonic(), places.given(workdir), stop or stopping.NoStop()
     config.data.folder = config.data.folder or str(Path.cwd())
     checks.check(config)
     sizes.check(config)
@@ -69,13 +70,14 @@ def train(
             batches=stack.enter_context(contextlib.closing(_batches(config, windows, first, position, mesh))),
             profile=stack.enter_context(contextlib.closing(profile)),
             meter=stack.enter_context(contextlib.closing(_meter(config, corpus))),
+            sessions=stack.enter_context(contextlib.closing(_sessions(config, workdir, first, began))),
             evaluators=evaluators.make(config, corpus, graphdef, mesh),
         )
         if processes.is_first():
             directory.save_config(workdir, config)
             _announce(config, workdir, state, corpus, windows)
         state = _updates(config, state, position, train_step, tools, stop, corpus.fingerprint)
-        checkpoint.wait(tools.manager, int(state.step))
+        _finish(tools, int(state.step))
     stop.released(f"{workdir} is saved at update {int(state.step):,}; the same command resumes the run")
 
 
@@ -95,6 +97,7 @@ class _Tools:
     batches: Generator[jax.Array, None, None]
     profile: profiling.Profile
     meter: throughput.Meter
+    sessions: sessions.Sessions
     evaluators: dict[str, evaluators.Evaluator]
 
 
@@ -112,6 +115,7 @@ def _updates(
     train_step = meter.compiled(train_step)
     for evaluator in tools.evaluators.values():
         evaluator.compiled_by(meter)
+    tools.sessions.note(int(state.step), meter.spent())  # a kill before the first line costs time too
     progress = _progress(config, int(state.step))
     for step in progress:
         profile.before(step)
@@ -134,15 +138,28 @@ def _updates(
                 with guard.paused(), meter.pause("validation"):
                     line |= tools.evaluators[name].run(state.params)
             line |= meter.line()
+            tools.sessions.note(step, meter.spent())
+            line |= tools.sessions.account().columns()
             tools.log.write(step, line)
             shown = {"loss": f"{line['loss']:.3f}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
             progress.set_postfix(shown, refresh=False)
         if save:
             with guard.paused(), meter.pause("checkpoint"):
                 checkpoint.save(tools.manager, step, state, windows=position, fingerprint=fingerprint)
+            tools.sessions.note(step, meter.spent())
         if stopping_here:
             break
     return state
+
+
+def _finish(tools: _Tools, step: int) -> None:
+    """Waits for the last checkpoint, and says where the time of the run went."""
+    with tools.meter.pause("checkpoint"):
+        checkpoint.wait(tools.manager, step)
+    tools.sessions.note(step, tools.meter.spent())
+    account = tools.sessions.account()
+    if processes.is_first() and account.sessions:  # none: a finished run of an earlier version
+        print(account.line(), file=sys.stderr)
 
 
 def _batches(
@@ -168,6 +185,10 @@ def _meter(config: ConfigDict, corpus: Corpus) -> throughput.Meter:
         throughput.update_flops(config, corpus.tokenizer.vocab_size),
         devices.total_flops(config.model.dtype),
     )
+
+
+def _sessions(config: ConfigDict, workdir: Path, first: int, began: float) -> sessions.Sessions:
+    return sessions.Sessions(workdir, first, began, idle=first == config.train.steps)
 
 
 def _announce(config: ConfigDict, workdir: Path, state: steps.State, corpus: Corpus, windows: Windows) -> None:
