@@ -73,7 +73,7 @@ def test_a_run_in_a_bucket_is_that_in_a_folder(whole):
     expected, workdir = whole
     assert losses(workdir) == expected
     assert [step for step, *_ in expected] == list(range(1, 21))
-    assert sorted(places.names(workdir)) == ["checkpoints", "config.json", "metrics.jsonl", "tensorboard"]  # no lock
+    assert sorted(places.names(workdir)) == ["checkpoints", "config.json", "metrics.jsonl", "sessions.jsonl", "tensorboard"]  # no lock
     assert places.names(workdir / "checkpoints") == ["15", "20"]
     (events,) = places.files(workdir / "tensorboard")
     assert places.size(events) > 1000
