@@ -11,7 +11,8 @@ from support.compilation import quick_jit
 
 from configs import smoke
 from wavelet_jax.errors import UserError
-from wavelet_jax.model.decoder import REMATS, Decoder
+from wavelet_jax.model.decoder import Decoder
+from wavelet_jax.model.layers import REMATS
 from wavelet_jax.positions import METHODS
 
 VOCAB = 50

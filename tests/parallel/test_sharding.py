@@ -136,8 +136,9 @@ def test_sizes_of_all_axes():
     assert sharding.mesh_shape(config, 24) == {"data": 6, "fsdp": 1, "context": 2, "tensor": 2}
 
 
-def shardings(mesh: AbstractMesh, method: str) -> dict[str, PartitionSpec]:
+def shardings(mesh: AbstractMesh, method: str, **model) -> dict[str, PartitionSpec]:
     config = make_config(method)
+    config.model.update(model)
     _, _, shapes = steps.init(config, 257, sharding.make_mesh(config))
     tree = sharding.tree_shardings(mesh, shapes)
     return {sharding.path_of(path): leaf.spec for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -153,6 +154,17 @@ def test_rules_reach_parameters_and_moments_alike():
         assert specs[f"{place}/blocks/0/position/projection"] == PartitionSpec()
         assert specs[f"{place}/blocks/0/attention_norm/scale"] == PartitionSpec()
     assert specs["step"] == PartitionSpec()
+
+
+def test_stacked_layers_are_divided_as_each_of_them():
+    mesh = AbstractMesh((1, 2, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    listed = shardings(mesh, "transformer_xl", scan_layers="never")
+    stacked = shardings(mesh, "transformer_xl", scan_layers="always")
+    of_layers = {path: spec for path, spec in stacked.items() if "/layers/" in path}
+    assert len(of_layers) == sum("/blocks/0/" in path for path in listed)
+    for path, spec in of_layers.items():
+        one = listed[path.replace("/layers/", "/blocks/0/")]
+        assert spec == (PartitionSpec(None, *one) if one else one), path
 
 
 def test_an_array_that_cannot_be_split_is_named():

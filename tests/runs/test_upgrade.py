@@ -93,7 +93,7 @@ def test_every_method_of_an_old_run_keeps_its_options(method):
     after = upgrade(tree)
     tree["position"].pop("later")
     assert after["config_version"] == VERSION
-    assert after["model"] == {"precision": "default", **tree["model"]}
+    assert after["model"] == {"precision": "default", "scan_layers": "never", **tree["model"]}
     assert after["position"].keys() == {*positions.config(method), "later"}
     assert all(after["position"][key] == tree["position"][key] for key in positions.config(method))
     assert "seed" not in after["train"]

@@ -139,6 +139,48 @@ def test_a_checkpoint_of_its_own_goes_before_another_run(other, config, tmp_path
     assert [line["loss"] for line in cut] == [line["loss"] for line in whole]
 
 
+@pytest.mark.parametrize(("first", "then"), [("never", "always"), ("always", "never")])
+def test_a_checkpoint_of_one_form_of_layers_is_read_by_the_other(config, tmp_path, first, then):
+    """Resumed with the optimizer's moments, started from by another run, and evaluated."""
+    config.model.update(num_layers=3, scan_layers=first)
+    config.train.steps = 4
+    loop.train(config, tmp_path / "whole")
+    config.train.steps = 2
+    loop.train(config, tmp_path / "run")
+    config.model.scan_layers, config.train.steps = then, 4
+    loop.train(config, tmp_path / "run")
+    cut, whole = (np.array([line["loss"] for line in read_metrics(tmp_path / name)]) for name in ("run", "whole"))
+    assert len(cut) == 4
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    assert (cut[:2] == whole[:2]).all()
+
+    params = params_of(tmp_path / "run", config)
+    other = prepared_like(config, scan_layers=first)
+    for path, array in layers_apart(params_of(tmp_path / "run", other)).items():
+        np.testing.assert_array_equal(array, layers_apart(params)[path])
+    other.train.init_from = str(tmp_path / "run")
+    other.train.steps = 1
+    loop.train(other, tmp_path / "from_it")
+    assert abs(read_metrics(tmp_path / "from_it")[0]["loss"] - cut[-1]) < abs(whole[0] - cut[-1])
+
+
+def prepared_like(config, **model):
+    copy = config.copy_and_resolve_references()
+    copy.model.update(model)
+    return copy
+
+
+def layers_apart(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by path, those of a stack under the paths that they have in a list."""
+    apart = {}
+    for path, array in params.items():
+        if path.startswith("layers/"):
+            apart |= {f"blocks/{layer}/{path.removeprefix('layers/')}": array[layer] for layer in range(len(array))}
+        else:
+            apart[path] = array
+    return apart
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

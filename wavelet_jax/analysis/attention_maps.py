@@ -103,12 +103,14 @@ def make_block_step(graphdef: nnx.GraphDef, layers: Sequence[int], heads: Sequen
 def queries_of(model: Decoder, tokens_BxT: jax.Array, cache: KVCache) -> tuple[list[jax.Array], KVCache]:
     """Each layer's queries [B, T, H, D] before any rotation, and the longer cache: reads as `Decoder.extend` does."""
     x_BxTxE, queries, slots = model.embed(tokens_BxT, cache.filled), [], []
-    for layer, block in enumerate(model.blocks):
+    for layer in range(model.num_layers):
+        block = model.block(layer)
         queries.append(block.project(x_BxTxE)[0])
-        x_BxTxE, new = model.apply_block(layer, x_BxTxE, cache.filled, 0, cache=cache)
+        x_BxTxE, new = block(
+            x_BxTxE, model.position, query_positions=cache.filled, key_positions=0, slots=cache.of_layer(layer)
+        )
         slots.append(new)
-    keys, values = zip(*slots, strict=True)
-    return queries, KVCache(keys, values, cache.filled + tokens_BxT.shape[1])
+    return queries, cache.with_layers(slots).at(cache.filled + tokens_BxT.shape[1])
 
 
 def cells(weights_HxTxS: jax.Array, cell: int) -> jax.Array:

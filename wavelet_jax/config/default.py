@@ -67,6 +67,9 @@ def get_config(method: str = "wavelet") -> ConfigDict:
     # Rematerialization: what each block saves for the backward pass, which recomputes the rest. none: everything; dots:
     # outputs of matrix products and of attention; attention: outputs of attention only; block: nothing.
     model.remat = "none"  # none | dots | attention | block, from most memory to least
+    # A scan over layers is one compiled block in a loop, and compiles in the time of one layer; layers compiled one by
+    # one may run faster. Checkpoints of one form are read by the other. auto: a scan from 8 layers on.
+    model.scan_layers = "auto"  # auto | always | never
     model.attention_backend = "auto"  # auto, or one of wavelet_jax.attention.BACKENDS
 
     # --- Position: the method and its own options, which are fields of its class in wavelet_jax/positions/ -----------

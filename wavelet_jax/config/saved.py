@@ -26,7 +26,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("data.validation_split", "data.tokenizer", "data.tokenizer_file", "data.packing"), str),
     **dict.fromkeys(("data.cache_dir", "data.missing_text", "data.folder"), str),
     **dict.fromkeys(("model.norm", "model.activation", "model.vocabulary", "model.initializer", "model.dtype"), str),
-    **dict.fromkeys(("model.precision", "model.remat", "model.attention_backend"), str),
+    **dict.fromkeys(("model.precision", "model.remat", "model.scan_layers", "model.attention_backend"), str),
     **dict.fromkeys(("model.use_bias", "model.final_norm", "model.tied_head", "model.scale_embedding"), bool),
     **dict.fromkeys(("optimizer.name", "optimizer.schedule"), str),
     **dict.fromkeys(("train.init_from", "log.wandb", "evaluators.*.type"), str),

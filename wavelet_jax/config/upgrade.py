@@ -5,7 +5,7 @@ from typing import Any
 from wavelet_jax import positions
 from wavelet_jax.errors import UserError
 
-VERSION = 3
+VERSION = 4
 
 Tree = dict[str, Any]
 
@@ -14,8 +14,8 @@ def upgrade(tree: Tree) -> Tree:
     """A saved config in the layout of `VERSION`.
 
     Version 1, which has no `config_version`, held the options of all methods in `position`, and one seed for
-    parameters, dropout and the order of windows. Version 2 had no `model.precision`. Keys that are missing or unknown
-    stay so: the reader of a config names them.
+    parameters, dropout and the order of windows. Version 2 had no `model.precision`, version 3 no `model.scan_layers`.
+    Keys that are missing or unknown stay so: the reader of a config names them.
 
     Args:
       tree: {section: {key: value}}, as config.json has it. It is not changed.
@@ -28,7 +28,7 @@ def upgrade(tree: Tree) -> Tree:
         raise UserError(f"config_version is {version!r}, not a whole number from 1")
     if version > VERSION:
         raise UserError(f"it is of version {version}, and this code reads versions up to {VERSION}: update wavelet_jax")
-    for step in (_from_1, _from_2)[version - 1 :]:
+    for step in (_from_1, _from_2, _from_3)[version - 1 :]:
         tree = step(tree)
     return tree
 
@@ -54,10 +54,19 @@ def _from_1(tree: Tree) -> Tree:
 
 
 def _from_2(tree: Tree) -> Tree:
+    return _with_model(tree, 3, precision="default")
+
+
+def _from_3(tree: Tree) -> Tree:
+    return _with_model(tree, 4, scan_layers="never")
+
+
+def _with_model(tree: Tree, version: int, **keys: str) -> Tree:
+    """The tree as one of `version`, with keys of `model` that say what runs did before there were these keys."""
     model = tree.get("model")
-    if isinstance(model, dict):  # what runs did before there was this key
-        model = {"precision": "default", **model}
-    return {**tree, "config_version": 3, **({} if model is None else {"model": model})}
+    if isinstance(model, dict):
+        model = {**keys, **model}
+    return {**tree, "config_version": version, **({} if model is None else {"model": model})}
 
 
 def _validation(tree: Tree) -> Tree:

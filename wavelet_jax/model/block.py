@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, sharded
-from wavelet_jax.model.layers import dropout, precision_of
+from wavelet_jax.model.products import dropout, precision_of
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.terms import Params
 

@@ -4,8 +4,7 @@ Dimensions in names: B batch, T tokens, S cached tokens, E d_model, F d_ff, H qu
 V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,13 @@ from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax import positions
-from wavelet_jax.attention import BACKENDS, SAVED_RESIDUALS
+from wavelet_jax.attention import BACKENDS
 from wavelet_jax.config import numeric_keys
 from wavelet_jax.errors import UserError, unknown
+from wavelet_jax.model import layers
 from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params
 from wavelet_jax.model.cache import KVCache
-from wavelet_jax.model.layers import dropout, precision_of
+from wavelet_jax.model.products import dropout, precision_of
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import constrain
 from wavelet_jax.positions.absolute import check_positions
@@ -30,15 +30,6 @@ from wavelet_jax.positions.absolute import check_positions
 VOCABULARIES = ("full", "adaptive")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "default")
-# What the blocks keep of a forward pass, beside their inputs, for the backward pass, which computes the rest again.
-_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED_RESIDUALS)
-_KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # products with parameters, and not scores
-REMATS = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(_KEEP_DOTS, _KEEP_ATTENTION),
-    "attention": _KEEP_ATTENTION,
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def make_position(config: ConfigDict) -> positions.PositionMethod:
@@ -75,7 +66,7 @@ class Decoder(nnx.Module):
         check(config)
         width = config.model.d_model
         self.dtype, self.precision = jnp.dtype(config.model.dtype), precision_of(config)
-        self.remat = config.model.remat
+        self.remat, self.scanned = config.model.remat, layers.are_scanned(config)
         self.embedding_scale = np.sqrt(width) if config.model.scale_embedding else 1.0
         self.kv_shape = (config.model.num_kv_heads, config.model.head_dim)
         self.method = make_position(config)
@@ -91,7 +82,12 @@ class Decoder(nnx.Module):
         # Methods without parameters of their own for each layer have one set here, maybe empty.
         self.position = as_params({} if self.method.per_layer else self.method.init(rngs.params()))
         self.dropout = nnx.Dropout(config.model.dropout)
-        self.blocks = nnx.List([Block(config, self.method, rngs=rngs) for _ in range(config.model.num_layers)])
+        self.num_layers = config.model.num_layers
+        make_block = functools.partial(Block, config, self.method)
+        if self.scanned:
+            self.layers = layers.stacked(make_block, self.num_layers, rngs)
+        else:
+            self.blocks = nnx.List([make_block(rngs=rngs) for _ in range(self.num_layers)])
         self.final_norm = (
             NORMS[config.model.norm](width, dtype=self.dtype, rngs=rngs) if config.model.final_norm else None
         )
@@ -135,12 +131,15 @@ class Decoder(nnx.Module):
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        keys: Any = [None] * (1 + len(self.blocks))
-        if dropout_key is not None:
-            keys = jax.random.split(dropout_key, len(keys))
-        x_BxTxE = self.embed(tokens_BxT, positions, dropout_key=keys[0], mesh=mesh)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, 1 + self.num_layers)
+        x_BxTxE = self.embed(tokens_BxT, positions, dropout_key=None if keys is None else keys[0], mesh=mesh)
         x_BxTxE, _ = self.apply_blocks(
-            x_BxTxE, positions, positions, segment_ids=segment_ids, dropout_keys=keys[1:], mesh=mesh
+            x_BxTxE,
+            positions,
+            positions,
+            segment_ids=segment_ids,
+            dropout_keys=None if keys is None else keys[1:],
+            mesh=mesh,
         )
         return self.finish(x_BxTxE)
 
@@ -170,64 +169,45 @@ class Decoder(nnx.Module):
         *,
         cache: KVCache | None = None,
         segment_ids: jax.Array | None = None,
-        dropout_keys: Sequence[jax.Array | None] | None = None,
+        dropout_keys: jax.Array | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
-        """The output [B, T, E] of the last block, and each layer's keys and values [B, S, K, D]; see `apply_block`.
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The output [B, T, E] of the last block, and the cache with the keys and values of these tokens.
+
+        While a program is traced, the layers share one trace; see `layers.apply`.
 
         Args:
-          dropout_keys: one per layer; None turns dropout off.
-        """
-        slots = []
-        for layer in range(len(self.blocks)):
-            x_BxTxE, new = self.apply_block(
-                layer,
-                x_BxTxE,
-                query_positions,
-                key_positions,
-                cache=cache,
-                segment_ids=segment_ids,
-                dropout_key=None if dropout_keys is None else dropout_keys[layer],
-                mesh=mesh,
-            )
-            slots.append(new)
-        return x_BxTxE, tuple(slots)
-
-    def apply_block(
-        self,
-        layer: int,
-        x_BxTxE: jax.Array,
-        query_positions: Positions,
-        key_positions: Positions,
-        *,
-        cache: KVCache | None = None,
-        segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        mesh: Mesh | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One layer's output [B, T, E], and its keys and values [B, S, K, D]: with a cache, those of all its slots.
-
-        With a cache, `query_positions` is the first of consecutive ones, and `key_positions` that of the first slot.
-        What the backward pass keeps of a layer is decided by `config.model.remat`.
+          cache: slots of all layers; `query_positions` is then the first of consecutive ones, and `key_positions` that
+            of the first slot. Its `filled` is not changed.
+          dropout_keys: one for each layer, [layers]; None turns dropout off.
         """
 
-        def run(block, x_BxTxE, shared_position, segment_ids, slots, key):
+        def run(block: Block, x_BxTxE, slots, dropout_key, shared_position, segment_ids):
             return block(
                 x_BxTxE,
                 shared_position,
-                query_positions=query_positions,  # closed over, so that constants stay constants under remat
+                query_positions=query_positions,  # closed over, so that constants stay constants
                 key_positions=key_positions,
                 segment_ids=segment_ids,
                 slots=slots,
-                dropout_key=key,
+                dropout_key=dropout_key,
                 mesh=mesh,
             )
 
-        if self.remat != "none":
-            run = jax.checkpoint(run, policy=REMATS[self.remat])
-        slots = None if cache is None else (cache.keys[layer], cache.values[layer])
-        with jax.named_scope(f"block_{layer}"):
-            return run(self.blocks[layer], x_BxTxE, self.position, segment_ids, slots, dropout_key)
+        return layers.apply(
+            run,
+            self.layers if self.scanned else list(self.blocks),
+            x_BxTxE,
+            cache,
+            dropout_keys,
+            (self.position, segment_ids),
+            first_slot=query_positions,
+            remat=self.remat,
+        )
+
+    def block(self, layer: int) -> Block:
+        """One layer, counted from 0; also where the parameters of all are stacked."""
+        return layers.of_stack(self.layers, layer) if self.scanned else self.blocks[layer]
 
     def finish(self, x_BxTxE: jax.Array) -> jax.Array:
         """Hidden states [B, T, E] from the last block's output: normed, if the config says so."""
@@ -239,7 +219,11 @@ class Decoder(nnx.Module):
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for `extend` with room for `length` tokens."""
         check_positions(length, self.terms().max_positions)
-        empty = (jnp.zeros((batch_size, length, *self.kv_shape), self.dtype),) * len(self.blocks)
+        shape = batch_size, length, *self.kv_shape
+        if self.scanned:
+            empty = jnp.zeros((self.num_layers, *shape), self.dtype)
+        else:
+            empty = (jnp.zeros(shape, self.dtype),) * self.num_layers
         return KVCache(keys=empty, values=empty, filled=jnp.int32(0))
 
     def extend(self, tokens_BxT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -255,14 +239,14 @@ class Decoder(nnx.Module):
             )
         x_BxTxE = self.embed(tokens_BxT, cache.filled)
         # Both positions by the first of consecutive ones; slots that are not filled yet come after every query.
-        x_BxTxE, slots = self.apply_blocks(x_BxTxE, cache.filled, 0, cache=cache)
-        keys, values = zip(*slots, strict=True)
+        x_BxTxE, longer = self.apply_blocks(x_BxTxE, cache.filled, 0, cache=cache)
+        assert longer is not None
         hidden_BxTxE = jnp.where(wanted <= cache.room, self.finish(x_BxTxE), jnp.nan)
-        return hidden_BxTxE, KVCache(keys, values, wanted)
+        return hidden_BxTxE, longer.at(wanted)
 
     def terms(self, layer: int = 0) -> positions.Terms:
         """The position method's terms for a layer's attention, or to the embedding, with this model's parameters."""
-        position = self.blocks[layer].position if self.method.per_layer else self.position
+        position = self.block(layer).position if self.method.per_layer else self.position
         return self.method.terms({name: param[...] for name, param in position.items()})
 
     def logits(self, hidden_BxTxE: jax.Array) -> jax.Array:
@@ -300,7 +284,8 @@ def check(config: ConfigDict) -> None:
         ("vocabulary", VOCABULARIES),
         ("dtype", DTYPES),
         ("precision", PRECISIONS),
-        ("remat", REMATS),
+        ("remat", layers.REMATS),
+        ("scan_layers", layers.SCANS),
         ("attention_backend", ("auto", *BACKENDS)),
     ):
         if config.model[name] not in allowed:

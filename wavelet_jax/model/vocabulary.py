@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.model.layers import dropout, precision_of
+from wavelet_jax.model.products import dropout, precision_of
 
 
 def clusters(config: ConfigDict, vocab_size: int) -> list[tuple[int, int, int]]:

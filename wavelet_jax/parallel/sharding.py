@@ -28,6 +28,8 @@ RULES = (
     (r"(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
     (r"", PartitionSpec()),
 )
+# Arrays of all layers, whose first axis counts these, and whose others are those of the rules.
+STACKED = re.compile(r"(^|/)layers/")
 BATCH = PartitionSpec(("data", "fsdp"))
 
 # What the dimensions of activations are divided over; see `constrain`. A token's own numbers (E) are whole.
@@ -103,6 +105,8 @@ def tree_shardings(mesh: Mesh, tree):
     def place(key_path, leaf) -> NamedSharding:
         path = path_of(key_path)
         spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
+        if spec and STACKED.search(path):
+            spec = PartitionSpec(None, *spec)
         if len(spec) > len(leaf.shape):  # an optimizer's scalars share the paths of what they count
             spec = PartitionSpec()
         sharding = NamedSharding(mesh, spec)

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import places
+from wavelet_jax.model import layers
 from wavelet_jax.parallel import peers, processes
 from wavelet_jax.parallel.sharding import path_of
 from wavelet_jax.runs import checksums, directory
@@ -164,9 +165,10 @@ def restore(workdir: Path, abstract_state: Any, *, fingerprint: str) -> tuple[An
     if step is None:
         return None
     data = _restore_data(folder / str(step), fingerprint)
-    _check_tree(folder / str(step), abstract_state)
+    saved_as = _saved_form(folder / str(step), abstract_state)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / str(step) / "state", abstract_state), data["windows"]
+        restored = checkpointer.restore(folder / str(step) / "state", saved_as)
+    return _in_form_of(abstract_state, restored), data["windows"]
 
 
 def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str | None) -> tuple[dict, int]:
@@ -181,13 +183,13 @@ def restore_params(workdir: Path, abstract_params: dict, *, fingerprint: str | N
         raise UserError(f"{workdir} has no checkpoint: train it first")
     if fingerprint is not None:
         _restore_data(folder / str(step), fingerprint)
-    item = {"params": abstract_params}
-    _check_tree(folder / str(step), item)
+    item = _saved_form(folder / str(step), {"params": abstract_params})
     # `partial_restore` leaves out the rest of the state, and would also leave out parameters that only one side has.
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / str(step) / "state", args=args)["params"], step
+        restored = checkpointer.restore(folder / str(step) / "state", args=args)
+    return _in_form_of({"params": abstract_params}, restored)["params"], step
 
 
 def _folder(workdir: Path) -> Path:
@@ -284,12 +286,14 @@ def _restore_data(checkpoint: Path, fingerprint: str) -> dict:
     return data
 
 
-def _check_tree(checkpoint: Path, abstract: Any) -> None:
-    """Raises `UserError` where a checkpoint does not hold exactly the arrays of a tree, by path, dtype and shape.
+def _saved_form(checkpoint: Path, abstract: Any) -> Any:
+    """The tree `abstract`, or where the checkpoint has that one, `layers.other_form` of it.
 
     Only the top-level parts of the state that the tree has are compared.
-    """
 
+    Raises:
+      UserError: the checkpoint does not hold exactly its arrays, by path, dtype and shape.
+    """
     state: Any = checkpoint / "state"  # the handler's own kind of path, to a type checker
 
     def arrays(tree: Any) -> dict[str, str]:
@@ -300,14 +304,26 @@ def _check_tree(checkpoint: Path, abstract: Any) -> None:
     parts = {path.split("/")[0] for path in wanted}
     stored = arrays(ocp.PyTreeCheckpointHandler().metadata(state).tree)
     stored = {path: array for path, array in stored.items() if path.split("/")[0] in parts}
+    if stored == wanted:
+        return abstract
+    other = layers.other_form(abstract)
+    if stored == arrays(other):
+        return other
     differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
-    if differing:
-        first = differing[0]
-        raise UserError(
-            f"{checkpoint} does not fit the model of the config: {first} is {stored.get(first, 'absent')} in the "
-            f"checkpoint and {wanted.get(first, 'absent')} in the model (arrays that differ: {len(differing):,}): "
-            "restore the config.json that the run was trained with"
-        )
+    first = differing[0]
+    raise UserError(
+        f"{checkpoint} does not fit the model of the config: {first} is {stored.get(first, 'absent')} in the "
+        f"checkpoint and {wanted.get(first, 'absent')} in the model (arrays that differ: {len(differing):,}): "
+        "restore the config.json that the run was trained with"
+    )
+
+
+def _in_form_of(abstract: Any, restored: Any) -> Any:
+    """What was restored in the form of `_saved_form`, in that of `abstract`."""
+    if jax.tree.structure(restored) == jax.tree.structure(abstract):
+        return restored
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(layers.other_form, out_shardings=shardings)(restored)
 
 
 def _settle(manager: ocp.CheckpointManager) -> str | None:

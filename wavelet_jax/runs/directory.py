@@ -25,8 +25,16 @@ WRITTEN = ("config.json", "metrics.jsonl", "sessions.jsonl", "lock", "tensorboar
 # summation and the dropout masks; the text is known by its fingerprint, wherever its files are; a run that
 # skip_nonfinite stopped may be allowed to continue.
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "evaluators.", "mesh.", "compare.")
-FREE_KEYS += ("model.precision", "model.remat", "model.attention_backend", "train.logits_chunk", "train.accumulation")
-FREE_KEYS += ("train.skip_nonfinite", "data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
+FREE_KEYS += ("model.precision", "model.remat", "model.scan_layers", "model.attention_backend")
+FREE_KEYS += (
+    "train.logits_chunk",
+    "train.accumulation",
+    "train.skip_nonfinite",
+    "data.cache_dir",
+    "data.tfds_dir",
+    "data.threads",
+    "data.prefetch",
+)
 FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text", "data.folder")
 
 

@@ -25,7 +25,7 @@ class Profile:
     """Starts and stops the trace of a run of `last` updates.
 
     Labels of the trace are the `jax.named_scope`s of the model and the train step: embedding, block_0/attention,
-    block_0/feed_forward, head, loss, optimizer.
+    block_0/feed_forward (of layers that are scanned: blocks/attention, blocks/feed_forward), head, loss, optimizer.
 
     Args:
       folder: where the trace is written; made then.

@@ -20,6 +20,7 @@ from wavelet_jax.data import Corpus, tokenizers
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import places
 from wavelet_jax.files.reading import user_path
+from wavelet_jax.model import layers
 from wavelet_jax.parallel.sharding import path_of
 from wavelet_jax.runs import checkpoint, directory
 from wavelet_jax.training import steps
@@ -68,6 +69,8 @@ def _from_another(config: ConfigDict, fresh: dict[str, Any], corpus: Corpus, mes
         )
     # A word or bpe vocabulary is made of its text: there the words are the same only if the text is.
     any_text = config.data.tokenizer in ("byte", "sentencepiece")
+    with theirs.unlocked():  # parameters in the form of this run
+        theirs.model.scan_layers = "always" if layers.are_scanned(config) else "never"
     abstract = steps.shapes(theirs, corpus.tokenizer.vocab_size, mesh)[1].params
     _check_shapes(other, fresh, abstract)
     loaded, step = checkpoint.restore_params(other, abstract, fingerprint=None if any_text else corpus.fingerprint)

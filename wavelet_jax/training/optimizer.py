@@ -7,7 +7,7 @@ import optax
 from ml_collections import ConfigDict
 
 from wavelet_jax.errors import UserError, unknown
-from wavelet_jax.parallel.sharding import path_of
+from wavelet_jax.parallel.sharding import STACKED, path_of
 from wavelet_jax.training.nag import nag
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -49,7 +49,9 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
     def decayed(params):
         def is_matrix(key_path, leaf) -> bool:
-            return leaf.ndim >= 2 and "position" not in path_of(key_path).split("/")
+            path = path_of(key_path)
+            axes = leaf.ndim - 1 if STACKED.search(path) else leaf.ndim
+            return axes >= 2 and "position" not in path.split("/")
 
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 
