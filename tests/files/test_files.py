@@ -90,7 +90,7 @@ def test_what_is_not_json_is_said_of_every_file(tmp_path, content, small_config)
         ({"later": {"key": [[[1]]]}}, "later.key is a list, not a plain value"),
         ({"later": {"a.b": 1}}, "'a.b' cannot be the name of a section or key"),
         ({"a.b": {}}, "'a.b' cannot be the name of a section or key"),
-        ({"config_version": 4}, "it is of version 4, and this code reads versions up to 3: update wavelet_jax"),
+        ({"config_version": 5}, "it is of version 5, and this code reads versions up to 4: update wavelet_jax"),
         ({"config_version": "2"}, "config_version is '2', not a whole number from 1"),
         ({"train": {"__class__": 1}}, "'__class__' cannot be the name of a section or key"),
     ],
