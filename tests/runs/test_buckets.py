@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.buckets import BUCKET, emulator
-from support.project import ROOT, environment, program
+from support.project import ROOT, environment, program, run
 from support.states import FINGERPRINT, abstract, make_state, restore, same
 
 from configs import smoke
@@ -175,9 +175,9 @@ def test_what_is_left_of_a_removal_is_removed(workdir):
 
 def test_a_second_trainer_is_refused_and_takes_over_from_one_that_is_gone(workdir, monkeypatch):
     monkeypatch.setattr(leases, "SECONDS", 2)
-    hold = [sys.executable, "-c", f"import sys; from wavelet_jax.runs import leases; leases.SECONDS = 2; {HOLD}"]
+    command = program("holding_a_run", workdir, 2)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*hold, str(workdir)], cwd=ROOT, env=environment(), **pipes) as first:
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as first:
         assert first.stdout.readline() == "held\n"
         with (
             pytest.raises(UserError, match=rf"^{workdir} is being trained by process {first.pid} on \S+: wait for it"),
@@ -195,16 +195,6 @@ def test_a_second_trainer_is_refused_and_takes_over_from_one_that_is_gone(workdi
     assert places.names(workdir) == []
     with directory.locked(workdir):  # at once
         pass
-
-
-HOLD = """
-from wavelet_jax.files import places
-from wavelet_jax.runs import directory
-with directory.locked(places.given(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-HOLD = f"exec({HOLD!r})"
 
 
 def test_of_two_that_take_over_one_does(workdir, monkeypatch):
@@ -260,13 +250,8 @@ def test_metrics_that_cannot_be_written_wait(workdir, monkeypatch):
     assert places.read(workdir / "metrics.jsonl") == b"1\n2\n3\n4\n"
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"{ROOT}/{script}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-
-
 def test_eval_reads_a_bucket_and_writes_one(whole, workdir):
-    done = run("eval.py", f"--workdir={whole[1]}", "--lengths=32,64", f"--out={workdir}")
+    done = run([sys.executable, "eval.py", f"--workdir={whole[1]}", "--lengths=32,64", f"--out={workdir}"])
     assert done.returncode == 0, done.stderr
     names = ["extrapolation.csv", "extrapolation.png", "loss_by_position.png", "stamp.json"]
     assert places.names(workdir) == names
@@ -300,7 +285,7 @@ def test_bad_addresses_are_one_line(whole, flags, address, said):
         ("eval.py", [f"--workdir={address}", "--lengths=32", f"--out={whole[1]}/out"]),
         ("eval.py", [f"--workdir={whole[1]}", "--lengths=32", f"--out={address}"]),
     ):
-        done = run(script, *arguments)
+        done = run([sys.executable, script, *arguments])
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr[-1500:]
         (line,) = done.stderr.splitlines()

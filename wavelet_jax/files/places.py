@@ -32,15 +32,17 @@ class Unreachable(OSError):
     """A bucket did not answer, or refused."""
 
 
-def at(text: str, name: str) -> Path:
+def at(text: str, name: str, folder: str = "") -> Path:
     """The folder, or the place in a bucket, that a user means by `text`, the value of the flag or key `name`.
+
+    A relative path starts in `folder`, or where that is empty, in the current folder.
 
     Raises:
       UserError: an address other than gs://BUCKET/PATH; gcsfs is not installed; what `user_path` raises.
     """
     address = _ADDRESS.fullmatch(text)
     if not address:
-        return user_path(text, name)
+        return user_path(text, name, folder)
     scheme, path = address.groups()
     if scheme != "gs":
         raise UserError(f"{name} is {text!r}: {scheme}:// is not known; gs://BUCKET/PATH and folders are")
@@ -50,14 +52,9 @@ def at(text: str, name: str) -> Path:
     return _in_bucket(f"gs://{path}")
 
 
-def is_address(text: str) -> bool:
-    """Whether a text is an address, of whatever scheme, and no path of this machine."""
-    return _ADDRESS.fullmatch(text) is not None
-
-
 def given(place: str | os.PathLike) -> Path:
     """The same for a place that a program gives; a `Path` of gs://bucket/run has lost a slash."""
-    return at(str(place), "the run's directory") if is_address(str(place)) else Path(place)
+    return at(str(place), "the run's directory") if _ADDRESS.fullmatch(str(place)) else Path(place)
 
 
 def _in_bucket(address: str) -> Path:
@@ -108,9 +105,8 @@ def names(folder: Path) -> list[str]:
     """The names of what is in a folder; empty where there is no folder."""
     if not in_bucket(folder):
         return os.listdir(folder) if folder.is_dir() else []
-    bucket, key = _names(folder)
     with _reached(folder), contextlib.suppress(FileNotFoundError):
-        return sorted({path.rstrip("/").rpartition("/")[2] for path in _system().ls(f"{bucket}/{key}", detail=False)})
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in _system().ls(_full_name(folder), detail=False)})
     return []
 
 
@@ -119,8 +115,8 @@ def files(folder: Path) -> list[Path]:
     if not in_bucket(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     with _reached(folder):
-        found = sorted(_system().find("/".join(_names(folder))))
-    return [folder / path.removeprefix("/".join(_names(folder)) + "/") for path in found]
+        found = sorted(_system().find(_full_name(folder)))
+    return [folder / path.removeprefix(f"{_full_name(folder)}/") for path in found]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -130,7 +126,7 @@ def write(path: Path, data: bytes) -> None:
             partial.write_bytes(data)
         return
     with _reached(path):
-        _system().pipe_file("/".join(_names(path)), data)
+        _system().pipe_file(_full_name(path), data)
 
 
 def write_through(path: Path, data: bytes) -> None:
@@ -157,7 +153,7 @@ def size(path: Path) -> int:
     if not in_bucket(path):
         return path.stat().st_size
     with _reached(path):
-        return _system().info("/".join(_names(path)))["size"]
+        return _system().info(_full_name(path))["size"]
 
 
 def read(path: Path) -> bytes:
@@ -175,7 +171,7 @@ def blocks(path: Path) -> Iterator[bytes]:
     start, length = 0, size(path)
     while start < length:
         with _reached(path):
-            block = _system().cat_file("/".join(_names(path)), start=start, end=min(start + _BLOCK, length))
+            block = _system().cat_file(_full_name(path), start=start, end=min(start + _BLOCK, length))
         start += len(block)
         yield block
 
@@ -185,12 +181,13 @@ def remove(path: Path, first: str = "") -> None:
     if not in_bucket(path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
-    found = ["/".join(_names(each)) for each in ([path] if _is_object(path) else files(path))]
+    found = [_full_name(each) for each in ([path] if _is_object(path) else files(path))]
+    if first:
+        found.sort(key=lambda key: not key.endswith(f"/{first}"))
     with _reached(path):
-        for some in ([key for key in found if key.endswith(f"/{first}")] if first else [], found):
-            for key in some:
-                with contextlib.suppress(FileNotFoundError):  # it was in the first, or another process was faster
-                    _system().rm_file(key)
+        for key in found:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                _system().rm_file(key)
 
 
 def move(path: Path, to: Path, first: str) -> None:
@@ -205,7 +202,7 @@ def move(path: Path, to: Path, first: str) -> None:
     with _reached(path):
         for each in files(path):
             relative = str(each).removeprefix(f"{path}/")
-            _system().cp_file("/".join(_names(each)), "/".join(_names(to / relative)))
+            _system().cp_file(_full_name(each), _full_name(to / relative))
     remove(path, first)
 
 
@@ -269,6 +266,18 @@ class Mirror:
         shutil.rmtree(self.local, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def written_together(out: Path) -> Iterator[Path]:
+    """See `atomic.written_together`. In a bucket the files come one after another, in the order they were written."""
+    if not in_bucket(out):
+        with atomic.written_together(out) as partial:
+            yield partial
+        return
+    mirror = Mirror(out)
+    yield mirror.local
+    mirror.close()
+
+
 # -- conditional writes, of buckets alone -----------------------------------------------------------------------------
 
 
@@ -313,8 +322,13 @@ def _is_object(path: Path) -> bool:
 
 def _names(place: Path) -> tuple[str, str]:
     """The bucket, and the name in it."""
-    bucket, _, key = str(place).removeprefix("gs://").partition("/")
+    bucket, _, key = _full_name(place).partition("/")
     return bucket, key
+
+
+def _full_name(place: Path) -> str:
+    """A place as gcsfs names it: bucket/name."""
+    return str(place).removeprefix("gs://")
 
 
 def _system() -> Any:

@@ -1,11 +1,10 @@
 """Writing results into a folder: numbers first, then pictures. A picture that cannot be drawn costs no number."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.files import atomic, places
+from wavelet_jax.files import places
 
 
 def write(
@@ -24,7 +23,7 @@ def write(
       One line for each picture that could not be drawn.
     """
     failures = {}
-    with _written(out) as partial:
+    with places.written_together(out) as partial:
         for name, write_file in numbers.items():
             write_file(partial / name)
         for name, draw in pictures.items():
@@ -38,18 +37,6 @@ def write(
         if (out / name).exists():
             places.remove(out / name)
     return list(failures.values())
-
-
-@contextlib.contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """See `atomic.written_together`. In a bucket the files come one after another, in the order they were written."""
-    if not places.in_bucket(out):
-        with atomic.written_together(out) as partial:
-            yield partial
-        return
-    mirror = places.Mirror(out)
-    yield mirror.local
-    mirror.close()
 
 
 def check_drawn(failures: list[str], out: Path) -> None:

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from wavelet_jax.data import Corpus, tokenizers
 from wavelet_jax.errors import UserError
 from wavelet_jax.files import places
-from wavelet_jax.files.reading import user_path
 from wavelet_jax.model import layers
 from wavelet_jax.parallel.sharding import path_of
 from wavelet_jax.runs import checkpoint, directory
@@ -56,11 +55,7 @@ def state(
 
 def _from_another(config: ConfigDict, fresh: dict[str, Any], corpus: Corpus, mesh: Mesh) -> dict[str, Any]:
     """The parameters of the run in `config.train.init_from`; those of positions that it does not have stay fresh."""
-    name = "config.train.init_from"
-    if places.is_address(config.train.init_from):
-        other = places.at(config.train.init_from, name)
-    else:
-        other = user_path(config.train.init_from, name, config.data.folder)
+    other = places.at(config.train.init_from, "config.train.init_from", config.data.folder)
     theirs = directory.load_config(other)
     if tokenizers.specification(theirs) != tokenizers.specification(config):
         raise UserError(
