@@ -131,15 +131,13 @@ class Decoder(nnx.Module):
         """
         # NumPy positions are constants under jit, which lets methods check them and attention plan its tiles.
         positions = np.arange(tokens_BxT.shape[1]) if positions is None else positions
-        keys = None if dropout_key is None else jax.random.split(dropout_key, 1 + self.num_layers)
-        x_BxTxE = self.embed(tokens_BxT, positions, dropout_key=None if keys is None else keys[0], mesh=mesh)
+        layer_keys = None
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, 1 + self.num_layers)
+            dropout_key, layer_keys = keys[0], keys[1:]
+        x_BxTxE = self.embed(tokens_BxT, positions, dropout_key=dropout_key, mesh=mesh)
         x_BxTxE, _ = self.apply_blocks(
-            x_BxTxE,
-            positions,
-            positions,
-            segment_ids=segment_ids,
-            dropout_keys=None if keys is None else keys[1:],
-            mesh=mesh,
+            x_BxTxE, positions, positions, segment_ids=segment_ids, dropout_keys=layer_keys, mesh=mesh
         )
         return self.finish(x_BxTxE)
 
@@ -246,7 +244,11 @@ class Decoder(nnx.Module):
 
     def terms(self, layer: int = 0) -> positions.Terms:
         """The position method's terms for a layer's attention, or to the embedding, with this model's parameters."""
-        position = self.block(layer).position if self.method.per_layer else self.position
+        position = self.position
+        if self.method.per_layer and self.scanned:  # and not the whole block, of which a copy would be made
+            position = layers.of_stack(self.layers.position, layer)
+        elif self.method.per_layer:
+            position = self.blocks[layer].position
         return self.method.terms({name: param[...] for name, param in position.items()})
 
     def logits(self, hidden_BxTxE: jax.Array) -> jax.Array:

@@ -5,16 +5,14 @@ A list is compiled layer by layer, and may run faster; a scan is compiled once, 
 one into the other.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from wavelet_jax.attention import SAVED_RESIDUALS
@@ -35,6 +33,7 @@ REMATS = {
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
+Module = TypeVar("Module", bound=nnx.Module)
 Slots = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, S, K, D]
 
 
@@ -63,8 +62,8 @@ def stacked(make: Callable[..., Block], count: int, rngs: nnx.Rngs) -> Block:
     return nnx.merge(graphdefs[0], states)
 
 
-def of_stack(stack: Block, layer: int) -> Block:
-    """One block of a stack, counted from 0."""
+def of_stack(stack: Module, layer: int) -> Module:
+    """One block of a stack, or one part of it, counted from 0."""
     graphdef, state = nnx.split(stack)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], state))
 
@@ -99,7 +98,7 @@ def apply(
     """
     traced = isinstance(x_BxTxE, Tracer)
     scanned = isinstance(blocks, Block) and traced
-    graphdef = nnx.split(blocks if isinstance(blocks, Block) else blocks[0])[0]
+    graphdef, state = nnx.split(blocks if isinstance(blocks, Block) else blocks[0])
 
     def one_layer(state: nnx.State, x_BxTxE, slots, dropout_key, *shared):
         return run(nnx.merge(graphdef, state), x_BxTxE, slots, dropout_key, *shared)
@@ -107,15 +106,15 @@ def apply(
     if remat != "none":  # XLA does not look across the iterations of a scan for what was computed before
         one_layer = jax.checkpoint(one_layer, policy=REMATS[remat], prevent_cse=not scanned)
     if scanned:
-        return _scan(one_layer, nnx.split(blocks)[1], x_BxTxE, cache, dropout_keys, shared, first_slot)
+        return _scan(one_layer, state, x_BxTxE, cache, dropout_keys, shared, first_slot)
     if traced:  # one function of the program, which all layers call
         one_layer = jax.jit(one_layer)
-    count, slots = _depth(blocks), []
-    for layer in range(count):
-        block = of_stack(blocks, layer) if isinstance(blocks, Block) else blocks[layer]
+    states = _taken_apart(state) if isinstance(blocks, Block) else (nnx.split(block)[1] for block in blocks)
+    slots = []
+    for layer, state in enumerate(states):
         with jax.named_scope(f"block_{layer}"):
             x_BxTxE, new = one_layer(
-                nnx.split(block)[1],
+                state,
                 x_BxTxE,
                 None if cache is None else cache.of_layer(layer),
                 None if dropout_keys is None else dropout_keys[layer],
@@ -123,10 +122,6 @@ def apply(
             )
         slots.append(new)
     return x_BxTxE, None if cache is None else cache.with_layers(slots)
-
-
-def _depth(blocks: list[Block] | Block) -> int:
-    return len(jax.tree.leaves(nnx.split(blocks)[1])[0]) if isinstance(blocks, Block) else len(blocks)
 
 
 def _scan(
@@ -154,10 +149,9 @@ def _scan(
             )
         return (x_BxTxE, stacks), None
 
-    count = len(jax.tree.leaves(states)[0])
     stacks: Any = None if cache is None else (cache.keys, cache.values)
     with jax.named_scope("blocks"):
-        (x_BxTxE, stacks), _ = lax.scan(step, (x_BxTxE, stacks), (jnp.arange(count), states, dropout_keys))
+        (x_BxTxE, stacks), _ = lax.scan(step, (x_BxTxE, stacks), (jnp.arange(_depth(states)), states, dropout_keys))
     if cache is None:
         return x_BxTxE, None
     keys, values = stacks
@@ -168,48 +162,33 @@ def _scan(
 
 
 def other_form(tree: Any) -> Any:
-    """A tree that holds parameters (alone, or with the optimizer's moments), with lists of blocks stacked, or stacks
-    as lists. Its leaves are arrays, or `jax.ShapeDtypeStruct`s, whose shardings are kept."""
+    """A tree of arrays that holds parameters (alone, or with the optimizer's moments), with lists of blocks stacked, or
+    stacks as lists."""
 
     def convert(x: Any) -> Any:
-        if _is_listed(x):
-            layers = [x["blocks"][layer] for layer in sorted(x["blocks"], key=int)]
-            return _without(x, "blocks") | {"layers": jax.tree.map(_stack, *layers)}
-        if _is_stacked(x):
-            count = jax.tree.leaves(x["layers"])[0].shape[0]
-            layers = (jax.tree.map(functools.partial(_take, layer), x["layers"]) for layer in range(count))
-            return _without(x, "layers") | {"blocks": dict(enumerate(layers))}
+        if _has(x, "blocks"):
+            in_order = [x["blocks"][layer] for layer in sorted(x["blocks"], key=int)]
+            return _without(x, "blocks") | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_order)}
+        if _has(x, "layers"):
+            return _without(x, "layers") | {"blocks": dict(enumerate(_taken_apart(x["layers"])))}
         return x
 
-    return jax.tree.map(convert, tree, is_leaf=lambda x: _is_listed(x) or _is_stacked(x))
+    return jax.tree.map(convert, tree, is_leaf=lambda x: _has(x, "blocks") or _has(x, "layers"))
 
 
-def _is_listed(x: Any) -> bool:
-    return isinstance(x, dict) and "blocks" in x
+def _taken_apart(stack: Any) -> Iterator[Any]:
+    """The trees of the layers of a stacked tree, one after another."""
+    for layer in range(_depth(stack)):
+        yield jax.tree.map(lambda x: x[layer], stack)  # noqa: B023  # used at once
 
 
-def _is_stacked(x: Any) -> bool:
-    return isinstance(x, dict) and "layers" in x
+def _depth(stack: Any) -> int:
+    return len(jax.tree.leaves(stack)[0])
+
+
+def _has(x: Any, name: str) -> bool:
+    return isinstance(x, dict) and name in x
 
 
 def _without(x: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in x.items() if key != name}
-
-
-def _stack(*leaves: Any) -> Any:
-    if not isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jnp.stack(leaves)
-    return _struct(leaves[0], (len(leaves), *leaves[0].shape), lambda spec: (None, *spec))
-
-
-def _take(layer: int, leaf: Any) -> Any:
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf[layer]
-    return _struct(leaf, leaf.shape[1:], lambda spec: spec[1:])
-
-
-def _struct(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...], spec_of: Callable) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec_of(tuple(sharding.spec))))
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)

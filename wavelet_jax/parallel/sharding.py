@@ -119,6 +119,15 @@ def tree_shardings(mesh: Mesh, tree):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(mesh: Mesh, shapes):
+    """A tree of arrays' shapes (anything with shape and dtype) as `ShapeDtypeStruct`s with their `tree_shardings`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(mesh, shapes),
+    )
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """The sharding of a batch of tokens: its batch dimension over data and fsdp, after `leading` whole ones.
 

@@ -33,7 +33,7 @@ from wavelet_jax.errors import UserError
 from wavelet_jax.files import places
 from wavelet_jax.model import layers
 from wavelet_jax.parallel import peers, processes
-from wavelet_jax.parallel.sharding import path_of
+from wavelet_jax.parallel.sharding import path_of, placed
 from wavelet_jax.runs import checksums, directory
 from wavelet_jax.runs.metrics import read_metrics
 
@@ -210,7 +210,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _unfinished(folder: Path, but: Collection[int | None] = ()) -> list[Path]:
-    """What saves that were not committed have written; in a bucket also what is left of a removal, except for `but`."""
+    """Remains of saves that were not committed; in a bucket also those of removals, except for `but`."""
     if not places.in_bucket(folder):
         return list(folder.glob(f"*{_UNFINISHED}*"))
     candidates = [folder / str(number) for number in _numbers(folder) if number not in but]
@@ -306,9 +306,9 @@ def _saved_form(checkpoint: Path, abstract: Any) -> Any:
     stored = {path: array for path, array in stored.items() if path.split("/")[0] in parts}
     if stored == wanted:
         return abstract
-    other = layers.other_form(abstract)
+    other = jax.eval_shape(layers.other_form, abstract)
     if stored == arrays(other):
-        return other
+        return placed(jax.tree.leaves(abstract)[0].sharding.mesh, other)
     differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
     first = differing[0]
     raise UserError(
@@ -319,7 +319,7 @@ def _saved_form(checkpoint: Path, abstract: Any) -> Any:
 
 
 def _in_form_of(abstract: Any, restored: Any) -> Any:
-    """What was restored in the form of `_saved_form`, in that of `abstract`."""
+    """A restored tree, which is in the form of `_saved_form`, in that of `abstract`."""
     if jax.tree.structure(restored) == jax.tree.structure(abstract):
         return restored
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

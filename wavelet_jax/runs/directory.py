@@ -26,15 +26,8 @@ WRITTEN = ("config.json", "metrics.jsonl", "sessions.jsonl", "lock", "tensorboar
 # skip_nonfinite stopped may be allowed to continue.
 FREE_KEYS = ("train.steps", "log.", "checkpoint.", "eval.", "evaluators.", "mesh.", "compare.")
 FREE_KEYS += ("model.precision", "model.remat", "model.scan_layers", "model.attention_backend")
-FREE_KEYS += (
-    "train.logits_chunk",
-    "train.accumulation",
-    "train.skip_nonfinite",
-    "data.cache_dir",
-    "data.tfds_dir",
-    "data.threads",
-    "data.prefetch",
-)
+FREE_KEYS += ("train.logits_chunk", "train.accumulation", "train.skip_nonfinite")
+FREE_KEYS += ("data.cache_dir", "data.tfds_dir", "data.threads", "data.prefetch")
 FREE_KEYS += ("data.train_files", "data.validation_files", "data.tokenizer_file", "data.missing_text", "data.folder")
 
 

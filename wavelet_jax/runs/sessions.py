@@ -81,7 +81,7 @@ class Account:
         return self.counting / self.seconds if self.seconds else 0.0
 
     def columns(self) -> dict[str, float]:
-        """What of it stands in a line of metrics."""
+        """The numbers of it that stand in a line of metrics."""
         return {"run_seconds": self.seconds, "goodput": self.goodput, "updates_redone": self.updates_redone}
 
     def line(self) -> str:

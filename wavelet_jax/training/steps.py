@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from wavelet_jax.model.cache import KVCache
 from wavelet_jax.model.decoder import Decoder
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
-from wavelet_jax.parallel.sharding import constrain, into_order, out_of_order, token_order, tree_shardings
+from wavelet_jax.parallel.sharding import constrain, into_order, out_of_order, placed, token_order
 from wavelet_jax.ranges import SEED
 from wavelet_jax.training import sizes
 from wavelet_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -91,13 +91,7 @@ def shapes(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDe
       abstract_state: shapes, dtypes and shardings of the state, for restoring a checkpoint.
     """
     graphdef = nnx.eval_shape(lambda: nnx.split(Decoder(config, vocab_size, rngs=nnx.Rngs(0)))[0])
-    arrays = jax.eval_shape(functools.partial(_make_state, config, vocab_size))
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        arrays,
-        tree_shardings(mesh, arrays),
-    )
-    return graphdef, abstract_state
+    return graphdef, placed(mesh, jax.eval_shape(functools.partial(_make_state, config, vocab_size)))
 
 
 def init(config: ConfigDict, vocab_size: int, mesh: Mesh) -> tuple[nnx.GraphDef, State, State]:
