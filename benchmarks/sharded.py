@@ -66,8 +66,7 @@ def _measure(name: str) -> list[dict]:
         return sharded.attention(query, key, value, method.terms, {}, order, mesh=mesh, length_axis=AXIS)
 
     def in_a_ring(query, key, value):
-        if terms.rotate is not None:
-            query, key = terms.rotate(query, order), terms.rotate(key, order)
+        query, key = terms.rotated(query, order), terms.rotated(key, order)
 
         def on_device(*arrays):
             return ring.attention(terms, AXIS, *arrays)

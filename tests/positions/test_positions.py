@@ -246,7 +246,7 @@ def test_rope_half_split_is_hugging_face_llama(theta):
     places = np.stack([np.arange(length), np.arange(length) + 7])
     cos, sin = LlamaRotaryEmbedding(config)(torch.tensor(queries), torch.tensor(places))
     theirs = llama_rotate(torch.tensor(queries), torch.tensor(keys), cos, sin, unsqueeze_dim=2)
-    rotate = make("rope", num_heads=heads, head_dim=dim, theta=theta).terms({}).rotate
+    rotate = make("rope", num_heads=heads, head_dim=dim, theta=theta).terms({}).rotated
     # Theirs multiplies positions up to 54 with frequencies of three roundings: 54 * 4 * 2^-24 radians, on |x| < 5.
     for x, their in zip((queries, keys), theirs, strict=True):
         np.testing.assert_allclose(rotate(x, places), their.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
@@ -258,7 +258,7 @@ def test_rope_interleaved_is_hugging_face_gpt_j():
     x = normal(0, batch, length, heads, dim)
     sin, cos = torch.split(create_sinusoidal_positions(length, dim), dim // 2, dim=-1)
     theirs = gptj_rotate(torch.tensor(x), sin[None], cos[None])
-    rotate = make("rope", num_heads=heads, head_dim=dim, layout="interleaved").terms({}).rotate
+    rotate = make("rope", num_heads=heads, head_dim=dim, layout="interleaved").terms({}).rotated
     np.testing.assert_allclose(rotate(x, np.arange(length)), theirs.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
 
 
@@ -553,7 +553,7 @@ def test_positions_past_int32_are_refused():
     rope, waves = (make(name, num_heads=2, head_dim=8).terms({}) for name in ("rope", "sinusoidal"))
     for positions in (np.array([2**32]), np.array([2**31], np.uint32)):
         with pytest.raises(UserError, match=r"must be integers from -2\^31"):
-            rope.rotate(np.ones((1, 1, 2, 8), np.float32), positions)
+            rope.rotated(np.ones((1, 1, 2, 8), np.float32), positions)
         with pytest.raises(UserError, match=r"must be integers from -2\^31"):
             waves.embed(positions)
     with pytest.raises(UserError, match="must be integers, not bool"):

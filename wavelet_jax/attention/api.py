@@ -86,6 +86,5 @@ def attention(
     if terms.rotate is not None:
         assert call.query_positions is not None
         assert call.key_positions is not None
-        with jax.named_scope("rotate"):
-            query, key = terms.rotate(query, call.query_positions), terms.rotate(key, call.key_positions)
+        query, key = terms.rotated(query, call.query_positions), terms.rotated(key, call.key_positions)
     return chosen.attend(query, key, value, call)

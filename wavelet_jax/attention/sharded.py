@@ -111,11 +111,8 @@ def attention(
             return attention_of_one(
                 query, key, value, terms, query_positions=own, key_positions=own, segment_ids=segments, **options
             )
-        if terms.rotate is not None:  # before keys are gathered: each device rotates its own
-            with jax.named_scope("rotate"):
-                query, key = terms.rotate(query, own), terms.rotate(key, own)
-            terms = dataclasses.replace(terms, rotate=None)
-        return _over_length(query, key, value, terms, own, segments, runs, length_axis, options)
+        query, key = terms.rotated(query, own), terms.rotated(key, own)  # before keys are gathered: each its own
+        return _over_length(query, key, value, terms.without_rotation(), own, segments, runs, length_axis, options)
 
     return jax.shard_map(
         on_device,

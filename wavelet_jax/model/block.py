@@ -5,13 +5,14 @@ from typing import Any
 
 import einops
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, sharded
-from wavelet_jax.model.products import dropout, precision_of
+from wavelet_jax.model.products import Linear, dropout
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.terms import Params
 
@@ -33,12 +34,12 @@ class Block(nnx.Module):
         self.backend = config.model.attention_backend
         self.swiglu = config.model.activation == "swiglu"
         self.attention_dropout = config.model.attention_dropout
-        norm = functools.partial(NORMS[config.model.norm], width, dtype=config.model.dtype, rngs=rngs)
+        # In float32, or the gradient of its parameters would be a sum over tokens in bfloat16.
+        norm = functools.partial(NORMS[config.model.norm], width, dtype=jnp.float32, rngs=rngs)
         linear = functools.partial(
-            nnx.Linear,
+            Linear,
+            config,
             use_bias=config.model.use_bias,
-            dtype=config.model.dtype,
-            precision=precision_of(config),
             kernel_init=INITIALIZERS[config.model.initializer],
             rngs=rngs,
         )
@@ -63,6 +64,7 @@ class Block(nnx.Module):
         *,
         query_positions: Positions,
         key_positions: Positions,
+        turns: tuple[Any, Any] | None = None,
         segment_ids: jax.Array | None = None,
         slots: tuple[jax.Array, jax.Array] | None = None,
         dropout_key: jax.Array | None = None,
@@ -74,6 +76,7 @@ class Block(nnx.Module):
           x_BxTxE: the residual stream.
           shared_position: the position parameters of all layers, for methods that have no others.
           query_positions, key_positions: tokens.
+          turns: `Terms.turns_of` the positions of queries and of keys, which all layers share; None: the layer's own.
           segment_ids: [B, T] int32; attention stays inside a segment.
           slots: keys and values of a cache [B, S, K, D]; positions are then those of its first query and first slot.
           dropout_key: None turns dropout off.
@@ -93,6 +96,7 @@ class Block(nnx.Module):
                 self.position if self.method.per_layer else shared_position,
                 query_positions,
                 key_positions,
+                turns,
                 segment_ids,
                 keys[0],
                 mesh,
@@ -100,7 +104,7 @@ class Block(nnx.Module):
             x_BxTxE += dropout(self.dropout, self.out(einops.rearrange(h_BxTxHxD, "b t h d -> b t (h d)")), keys[1])
 
         with jax.named_scope("feed_forward"):
-            h_BxTxE = self.feed_forward_norm(x_BxTxE)
+            h_BxTxE = self.feed_forward_norm(x_BxTxE).astype(x_BxTxE.dtype)
             up_BxTxF = self.up(h_BxTxE)
             h_BxTxF = jax.nn.silu(self.gate(h_BxTxE)) * up_BxTxF if self.swiglu else jax.nn.relu(up_BxTxF)
             h_BxTxF = constrain(h_BxTxF, mesh, "batch", "length", "width")
@@ -115,6 +119,7 @@ class Block(nnx.Module):
         position: nnx.Dict,
         query_positions: Positions,
         key_positions: Positions,
+        turns: tuple[Any, Any] | None,
         segment_ids: jax.Array | None,
         dropout_key: jax.Array | None,
         mesh: Mesh | None,
@@ -123,7 +128,12 @@ class Block(nnx.Module):
         dropout_rate = 0.0 if dropout_key is None else self.attention_dropout
 
         def terms_of(params: Params) -> positions.Terms:  # the embedding has its positions already
-            return self.method.terms(params).without_embedding()
+            terms = self.method.terms(params).without_embedding()
+            return terms if turns is None else terms.without_rotation()
+
+        if turns is not None and (rotate := self.method.terms(params).rotate):
+            with jax.named_scope("rotate"):
+                query_BxTxHxD, key_BxSxKxD = rotate(query_BxTxHxD, turns[0]), rotate(key_BxSxKxD, turns[1])
 
         if mesh is not None and mesh.size > 1 and dropout_rate == 0:
             return sharded.attention(
@@ -154,7 +164,7 @@ class Block(nnx.Module):
 
     def project(self, x_BxTxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, D], keys and values [B, T, K, D] of the layer's input, before any rotation."""
-        h_BxTxE = self.attention_norm(x_BxTxE)
+        h_BxTxE = self.attention_norm(x_BxTxE).astype(x_BxTxE.dtype)
         split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
         return split(self.query(h_BxTxE)), split(self.key(h_BxTxE)), split(self.value(h_BxTxE))
 

@@ -5,6 +5,7 @@ V vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import layers
 from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params
 from wavelet_jax.model.cache import KVCache
-from wavelet_jax.model.products import dropout, precision_of
+from wavelet_jax.model.products import dropout, precision_of, product
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import constrain
 from wavelet_jax.positions.absolute import check_positions
@@ -89,7 +90,7 @@ class Decoder(nnx.Module):
         else:
             self.blocks = nnx.List([make_block(rngs=rngs) for _ in range(self.num_layers)])
         self.final_norm = (
-            NORMS[config.model.norm](width, dtype=self.dtype, rngs=rngs) if config.model.final_norm else None
+            NORMS[config.model.norm](width, dtype=jnp.float32, rngs=rngs) if config.model.final_norm else None
         )
         self.head = (
             None
@@ -180,12 +181,13 @@ class Decoder(nnx.Module):
           dropout_keys: one for each layer, [layers]; None turns dropout off.
         """
 
-        def run(block: Block, x_BxTxE, slots, dropout_key, shared_position, segment_ids):
+        def run(block: Block, x_BxTxE, slots, dropout_key, shared_position, turns, segment_ids):
             return block(
                 x_BxTxE,
                 shared_position,
                 query_positions=query_positions,  # closed over, so that constants stay constants
                 key_positions=key_positions,
+                turns=turns,
                 segment_ids=segment_ids,
                 slots=slots,
                 dropout_key=dropout_key,
@@ -198,10 +200,25 @@ class Decoder(nnx.Module):
             x_BxTxE,
             cache,
             dropout_keys,
-            (self.position, segment_ids),
+            (self.position, self._turns(query_positions, key_positions, x_BxTxE.shape[1], cache), segment_ids),
             first_slot=query_positions,
             remat=self.remat,
         )
+
+    def _turns(
+        self, query_positions: Positions, key_positions: Positions, queries: int, cache: KVCache | None
+    ) -> tuple[Any, Any] | None:
+        """What rotates the queries and the keys of every layer; None: nothing, or each layer by its own parameters."""
+        if self.method.per_layer or (terms := self.terms()).rotate is None:
+            return None
+
+        def turns(positions: Positions, count: int) -> Any:
+            return terms.turns_of(
+                positions + np.arange(count, dtype=np.int32) if np.ndim(positions) == 0 else positions
+            )
+
+        of_queries = turns(query_positions, queries)
+        return of_queries, of_queries if key_positions is query_positions else turns(key_positions, cache.room)
 
     def block(self, layer: int) -> Block:
         """One layer, counted from 0; also where the parameters of all are stacked."""
@@ -212,7 +229,7 @@ class Decoder(nnx.Module):
         if self.final_norm is None:
             return x_BxTxE
         with jax.named_scope("final_norm"):
-            return self.final_norm(x_BxTxE)
+            return self.final_norm(x_BxTxE).astype(self.dtype)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for `extend` with room for `length` tokens."""
@@ -257,12 +274,7 @@ class Decoder(nnx.Module):
             if isinstance(self.embedding, AdaptiveVocabulary):
                 return self.embedding.log_probs(hidden_BxTxE)
             kernel_ExV = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
-            return jnp.dot(
-                hidden_BxTxE,
-                kernel_ExV.astype(self.dtype),
-                precision=self.precision,
-                preferred_element_type=jnp.float32,
-            )
+            return product(hidden_BxTxE, kernel_ExV, self.precision, jnp.float32)
 
     def losses(
         self, hidden_BxTxE: jax.Array, targets_BxT: jax.Array, *, dropout_key: jax.Array | None = None

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from wavelet_jax.errors import UserError
-from wavelet_jax.model.products import dropout, precision_of
+from wavelet_jax.model.products import dropout, precision_of, product
 
 
 def clusters(config: ConfigDict, vocab_size: int) -> list[tuple[int, int, int]]:
@@ -83,7 +83,7 @@ class AdaptiveVocabulary(nnx.Module):
             mine = (start <= ids) & (ids < stop)
             vectors = words_NxD[...][jnp.clip(ids - start, 0, stop - start - 1)]
             narrow = jnp.where(mine[..., None], vectors, 0).astype(self.dtype)
-            x += jnp.dot(narrow, projection_DxE[...].astype(self.dtype), precision=self.precision)
+            x += product(narrow, projection_DxE[...], self.precision)
         return x
 
     def cluster_of(self, ids: jax.Array) -> jax.Array:
@@ -144,9 +144,4 @@ class AdaptiveVocabulary(nnx.Module):
         return self._product(dropout(self.dropout, narrow, dropout_key), self.words[i][...].T)
 
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.dot(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            precision=self.precision,
-            preferred_element_type=jnp.float32,
-        )
+        return product(x.astype(self.dtype), kernel, self.precision, jnp.float32)

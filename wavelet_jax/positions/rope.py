@@ -44,9 +44,14 @@ def rotate(x_BxTxHxD: jax.Array, positions: ArrayLike, theta: float = 10000.0, l
     """
     if layout not in LAYOUTS:
         raise unknown("RoPE layout", layout, LAYOUTS)
+    return _turned(x_BxTxHxD, waves(positions, x_BxTxHxD.shape[-1], theta), layout)
+
+
+def _turned(x_BxTxHxD: jax.Array, waves: tuple[jax.Array, jax.Array], layout: str) -> jax.Array:
+    """`rotate` by the cosines and sines of the angles."""
     cos, sin = (
         wave[..., None, :].reshape((1,) * (x_BxTxHxD.ndim - wave.ndim - 1) + (*wave.shape[:-1], 1, wave.shape[-1]))
-        for wave in _waves(positions, x_BxTxHxD.shape[-1], theta)
+        for wave in waves
     )
     x = x_BxTxHxD.astype(jnp.float32)
     if layout == "half_split":
@@ -58,8 +63,11 @@ def rotate(x_BxTxHxD: jax.Array, positions: ArrayLike, theta: float = 10000.0, l
     return rotated.astype(x_BxTxHxD.dtype)
 
 
-def _waves(positions: ArrayLike, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the angles, [.., T, D/2] float32: constants of the program where the positions are known."""
+def waves(positions: ArrayLike, dim: int, theta: float = 10000.0) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the angles of positions [.., T], [.., T, D/2] float32 for D = dim; see `rotate`.
+
+    They are constants of the program where the positions are known.
+    """
     if isinstance(positions, Tracer) or np.size(positions) * dim * 4 > _MOST_BYTES:
         angles = angle(positions, frequencies(dim, theta))
         return jnp.cos(angles), jnp.sin(angles)
@@ -71,14 +79,14 @@ def _waves(positions: ArrayLike, dim: int, theta: float) -> tuple[jax.Array, jax
 def _constant_waves(
     positions: bytes, dtype: str, shape: tuple[int, ...], dim: int, theta: float
 ) -> Callable[[], tuple[jax.Array, jax.Array]]:
-    """A function of a program, which gives `_waves` of the positions in these bytes.
+    """A function of a program, which gives `waves` of the positions in these bytes.
 
     It is one function for queries, keys and all layers, so that a program holds these numbers once.
     """
     with concretely():
         angles = angle(np.frombuffer(positions, dtype).reshape(shape), frequencies(dim, theta))
-        waves = np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
-    return jax.jit(lambda: jax.tree.map(jnp.asarray, waves))
+        constants = np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
+    return jax.jit(lambda: jax.tree.map(jnp.asarray, constants))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +111,8 @@ class RoPE:
 
     def terms(self, params: Params) -> Terms:
         return Terms(
-            rotate=lambda x, positions: rotate(x, positions, self.theta, self.layout),
+            rotate=lambda x, waves: _turned(x, waves, self.layout),
+            turns=lambda positions: waves(positions, self.head_dim, self.theta),
             num_heads=self.num_heads,
             head_dim=self.head_dim,
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -24,8 +24,9 @@ class Terms:
 
     Attributes:
       embed: positions [...] -> [..., d_model], added to the token embedding (sinusoidal, learned).
-      rotate: (x [B, T, H, D], positions [T] or [B, T]) -> x, applied to queries and keys (RoPE). Positions are NumPy's
-        if they are known while tracing.
+      rotate: (x [B, T, H, D], turns of its positions) -> x, applied to queries and keys (RoPE); see `rotated`.
+      turns: positions [T] or [B, T], NumPy's if they are known while tracing, -> what `rotate` needs of them, a tree of
+        arrays such as cosines and sines, which all layers of a model may share. None: the positions themselves.
       relative_keys: distances [...] -> [..., D] or [H, ..., D] (wavelet, Shaw, Transformer-XL).
       relative_values: distances [...] -> [..., D] or [H, ..., D] (Shaw's value side).
       content_bias, position_bias: [H, D] each: u and v of Transformer-XL.
@@ -37,7 +38,8 @@ class Terms:
     """
 
     embed: Callable[[jax.Array], jax.Array] | None = None
-    rotate: Callable[[jax.Array, jax.Array | np.ndarray], jax.Array] | None = None
+    rotate: Callable[[jax.Array, Any], jax.Array] | None = None
+    turns: Callable[[jax.Array | np.ndarray], Any] | None = None
     relative_keys: Callable[[jax.Array], jax.Array] | None = None
     relative_values: Callable[[jax.Array], jax.Array] | None = None
     content_bias: jax.Array | None = None
@@ -51,6 +53,21 @@ class Terms:
     def without_embedding(self) -> "Terms":
         """The terms for attention, once `embed(positions)` has been added to the token embedding."""
         return dataclasses.replace(self, embed=None)
+
+    def without_rotation(self) -> "Terms":
+        """The terms for attention of queries and keys that are rotated already."""
+        return dataclasses.replace(self, rotate=None, turns=None)
+
+    def turns_of(self, positions: jax.Array | np.ndarray) -> Any:
+        """What `rotate` needs of these positions, [T] or [B, T]."""
+        return positions if self.turns is None else self.turns(positions)
+
+    def rotated(self, x_BxTxHxD: jax.Array, positions: jax.Array | np.ndarray) -> jax.Array:
+        """Queries or keys at these positions, [T] or [B, T], rotated where the method rotates."""
+        if self.rotate is None:
+            return x_BxTxHxD
+        with jax.named_scope("rotate"):
+            return self.rotate(x_BxTxHxD, self.turns_of(positions))
 
 
 class PositionMethod(Protocol):
