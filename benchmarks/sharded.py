@@ -66,7 +66,8 @@ def _measure(name: str) -> list[dict]:
         return sharded.attention(query, key, value, method.terms, {}, order, mesh=mesh, length_axis=AXIS)
 
     def in_a_ring(query, key, value):
-        query, key = terms.rotated(query, order), terms.rotated(key, order)
+        turns = terms.turns_of(order)
+        query, key = terms.rotated(query, turns), terms.rotated(key, turns)
 
         def on_device(*arrays):
             return ring.attention(terms, AXIS, *arrays)

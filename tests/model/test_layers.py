@@ -141,3 +141,24 @@ def test_auto_scans_deep_models():
         assert layers.are_scanned(config_of("nope", num_layers=count)) == scanned
     with pytest.raises(UserError, match=r"unknown model.scan_layers 'alway': did you mean 'always'"):
         Decoder(config_of("nope", scan_layers="alway"), VOCAB, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("scan", ["always", "never"])
+def test_angles_of_traced_positions_are_computed_once_for_all_layers(scan):
+    """Reading after a cache whose length is traced: the sines of its queries, and none in each layer."""
+    graphdef, params = pair("rope")[scan == "always"]
+
+    def read(params, filled):
+        model = nnx.merge(graphdef, params)
+        return model.extend(TOKENS, model.init_cache(len(TOKENS), 32).at(filled))[0]
+
+    def sines(jaxpr) -> int:  # as often as they run
+        found = 0
+        for equation in jaxpr.eqns:
+            inner = [getattr(sub, "jaxpr", sub) for sub in jax.tree.leaves(tuple(equation.params.values()))]
+            times = equation.params["length"] if equation.primitive.name == "scan" else 1
+            found += equation.primitive.name == "sin"
+            found += times * sum(sines(sub) for sub in inner if hasattr(sub, "eqns"))
+        return found
+
+    assert sines(jax.make_jaxpr(read)(params, 3).jaxpr) == 1

@@ -246,10 +246,11 @@ def test_rope_half_split_is_hugging_face_llama(theta):
     places = np.stack([np.arange(length), np.arange(length) + 7])
     cos, sin = LlamaRotaryEmbedding(config)(torch.tensor(queries), torch.tensor(places))
     theirs = llama_rotate(torch.tensor(queries), torch.tensor(keys), cos, sin, unsqueeze_dim=2)
-    rotate = make("rope", num_heads=heads, head_dim=dim, theta=theta).terms({}).rotated
+    terms = make("rope", num_heads=heads, head_dim=dim, theta=theta).terms({})
     # Theirs multiplies positions up to 54 with frequencies of three roundings: 54 * 4 * 2^-24 radians, on |x| < 5.
     for x, their in zip((queries, keys), theirs, strict=True):
-        np.testing.assert_allclose(rotate(x, places), their.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
+        ours = terms.rotated(x, terms.turns_of(places))
+        np.testing.assert_allclose(ours, their.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
 
 
 @needs_torch
@@ -258,8 +259,9 @@ def test_rope_interleaved_is_hugging_face_gpt_j():
     x = normal(0, batch, length, heads, dim)
     sin, cos = torch.split(create_sinusoidal_positions(length, dim), dim // 2, dim=-1)
     theirs = gptj_rotate(torch.tensor(x), sin[None], cos[None])
-    rotate = make("rope", num_heads=heads, head_dim=dim, layout="interleaved").terms({}).rotated
-    np.testing.assert_allclose(rotate(x, np.arange(length)), theirs.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
+    terms = make("rope", num_heads=heads, head_dim=dim, layout="interleaved").terms({})
+    ours = terms.rotated(x, terms.turns_of(np.arange(length)))
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=54 * 4 * 2**-24 * 5)
 
 
 @needs_torch
@@ -553,7 +555,7 @@ def test_positions_past_int32_are_refused():
     rope, waves = (make(name, num_heads=2, head_dim=8).terms({}) for name in ("rope", "sinusoidal"))
     for positions in (np.array([2**32]), np.array([2**31], np.uint32)):
         with pytest.raises(UserError, match=r"must be integers from -2\^31"):
-            rope.rotated(np.ones((1, 1, 2, 8), np.float32), positions)
+            rope.turns_of(positions)
         with pytest.raises(UserError, match=r"must be integers from -2\^31"):
             waves.embed(positions)
     with pytest.raises(UserError, match="must be integers, not bool"):

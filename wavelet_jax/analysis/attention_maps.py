@@ -69,8 +69,8 @@ def probabilities(
     """
     terms = model.terms(layer)
     (batch, queries, heads, head_dim), keys = query_BxTxHxD.shape, key_BxSxKxD.shape[1]
-    query_BxTxHxD = terms.rotated(query_BxTxHxD, start + jnp.arange(queries, dtype=jnp.int32))
-    key_BxSxKxD = terms.rotated(key_BxSxKxD, jnp.arange(keys, dtype=jnp.int32))
+    query_BxTxHxD = terms.rotated(query_BxTxHxD, terms.turns_of(start + jnp.arange(queries, dtype=jnp.int32)))
+    key_BxSxKxD = terms.rotated(key_BxSxKxD, terms.turns_of(jnp.arange(keys, dtype=jnp.int32)))
     call = Call(terms, queries, keys, heads, key_BxSxKxD.shape[2], head_dim, query_BxTxHxD.dtype, offset=start)
     weights_BxKxGxTxS = decode.probabilities(query_BxTxHxD, key_BxSxKxD, call)
     return weights_BxKxGxTxS.reshape(batch, heads, queries, keys)

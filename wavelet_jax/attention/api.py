@@ -86,5 +86,6 @@ def attention(
     if terms.rotate is not None:
         assert call.query_positions is not None
         assert call.key_positions is not None
-        query, key = terms.rotated(query, call.query_positions), terms.rotated(key, call.key_positions)
+        query = terms.rotated(query, terms.turns_of(call.query_positions))
+        key = terms.rotated(key, terms.turns_of(call.key_positions))
     return chosen.attend(query, key, value, call)

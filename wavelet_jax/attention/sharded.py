@@ -111,7 +111,8 @@ def attention(
             return attention_of_one(
                 query, key, value, terms, query_positions=own, key_positions=own, segment_ids=segments, **options
             )
-        query, key = terms.rotated(query, own), terms.rotated(key, own)  # before keys are gathered: each its own
+        turns = terms.turns_of(own)
+        query, key = terms.rotated(query, turns), terms.rotated(key, turns)  # before keys are gathered: each its own
         return _over_length(query, key, value, terms.without_rotation(), own, segments, runs, length_axis, options)
 
     return jax.shard_map(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from wavelet_jax import positions
 from wavelet_jax.attention import attention, sharded
-from wavelet_jax.model.products import Linear, dropout
+from wavelet_jax.model.products import Linear, dropout, normed
 from wavelet_jax.parallel.sharding import ATTENTION_AXES, constrain
 from wavelet_jax.positions.terms import Params
 
@@ -34,7 +34,6 @@ class Block(nnx.Module):
         self.backend = config.model.attention_backend
         self.swiglu = config.model.activation == "swiglu"
         self.attention_dropout = config.model.attention_dropout
-        # In float32, or the gradient of its parameters would be a sum over tokens in bfloat16.
         norm = functools.partial(NORMS[config.model.norm], width, dtype=jnp.float32, rngs=rngs)
         linear = functools.partial(
             Linear,
@@ -104,7 +103,7 @@ class Block(nnx.Module):
             x_BxTxE += dropout(self.dropout, self.out(einops.rearrange(h_BxTxHxD, "b t h d -> b t (h d)")), keys[1])
 
         with jax.named_scope("feed_forward"):
-            h_BxTxE = self.feed_forward_norm(x_BxTxE).astype(x_BxTxE.dtype)
+            h_BxTxE = normed(self.feed_forward_norm, x_BxTxE)
             up_BxTxF = self.up(h_BxTxE)
             h_BxTxF = jax.nn.silu(self.gate(h_BxTxE)) * up_BxTxF if self.swiglu else jax.nn.relu(up_BxTxF)
             h_BxTxF = constrain(h_BxTxF, mesh, "batch", "length", "width")
@@ -131,9 +130,9 @@ class Block(nnx.Module):
             terms = self.method.terms(params).without_embedding()
             return terms if turns is None else terms.without_rotation()
 
-        if turns is not None and (rotate := self.method.terms(params).rotate):
-            with jax.named_scope("rotate"):
-                query_BxTxHxD, key_BxSxKxD = rotate(query_BxTxHxD, turns[0]), rotate(key_BxSxKxD, turns[1])
+        if turns is not None:
+            terms = self.method.terms(params)
+            query_BxTxHxD, key_BxSxKxD = terms.rotated(query_BxTxHxD, turns[0]), terms.rotated(key_BxSxKxD, turns[1])
 
         if mesh is not None and mesh.size > 1 and dropout_rate == 0:
             return sharded.attention(
@@ -164,7 +163,7 @@ class Block(nnx.Module):
 
     def project(self, x_BxTxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, D], keys and values [B, T, K, D] of the layer's input, before any rotation."""
-        h_BxTxE = self.attention_norm(x_BxTxE).astype(x_BxTxE.dtype)
+        h_BxTxE = normed(self.attention_norm, x_BxTxE)
         split = functools.partial(einops.rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
         return split(self.query(h_BxTxE)), split(self.key(h_BxTxE)), split(self.value(h_BxTxE))
 

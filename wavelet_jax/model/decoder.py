@@ -23,7 +23,7 @@ from wavelet_jax.errors import UserError, unknown
 from wavelet_jax.model import layers
 from wavelet_jax.model.block import ACTIVATIONS, INITIALIZERS, NORMS, Block, Positions, as_params
 from wavelet_jax.model.cache import KVCache
-from wavelet_jax.model.products import dropout, precision_of, product
+from wavelet_jax.model.products import dropout, normed, precision_of, product
 from wavelet_jax.model.vocabulary import AdaptiveVocabulary
 from wavelet_jax.parallel.sharding import constrain
 from wavelet_jax.positions.absolute import check_positions
@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
     def _turns(
         self, query_positions: Positions, key_positions: Positions, queries: int, cache: KVCache | None
     ) -> tuple[Any, Any] | None:
-        """What rotates the queries and the keys of every layer; None: nothing, or each layer by its own parameters."""
+        """`Terms.turns_of` the positions of queries and of keys, for all layers; None: they share none."""
         if self.method.per_layer or (terms := self.terms()).rotate is None:
             return None
 
@@ -218,7 +218,9 @@ class Decoder(nnx.Module):
             )
 
         of_queries = turns(query_positions, queries)
-        return of_queries, of_queries if key_positions is query_positions else turns(key_positions, cache.room)
+        if key_positions is query_positions:
+            return of_queries, of_queries
+        return of_queries, turns(key_positions, queries if cache is None else cache.room)
 
     def block(self, layer: int) -> Block:
         """One layer, counted from 0; also where the parameters of all are stacked."""
@@ -229,7 +231,7 @@ class Decoder(nnx.Module):
         if self.final_norm is None:
             return x_BxTxE
         with jax.named_scope("final_norm"):
-            return self.final_norm(x_BxTxE).astype(self.dtype)
+            return normed(self.final_norm, x_BxTxE)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for `extend` with room for `length` tokens."""

@@ -1,4 +1,4 @@
-"""Shared by the blocks and the vocabularies of the decoder: products with parameters, and dropout."""
+"""Shared by the blocks and the vocabularies of the decoder: products with parameters, norms and dropout."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ class Linear(nnx.Linear):
         return (y + self.bias[...]).astype(self.dtype)
 
 
-def product(x: jax.Array, kernel: jax.Array, precision: str, out_dtype: Any = None) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike, out_dtype: Any = None) -> jax.Array:
     """x [.., E] times a kernel [E, F], which is rounded to the dtype of x; in `out_dtype`, by default that of x.
 
     The gradient of the kernel is a sum over all tokens, of every device: it is accumulated, and summed over devices, in
@@ -38,29 +38,40 @@ def product(x: jax.Array, kernel: jax.Array, precision: str, out_dtype: Any = No
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _rounding_product(x: jax.Array, kernel: jax.Array, precision: str, out_dtype: jnp.dtype) -> jax.Array:
+def _rounding_product(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike, out_dtype: jnp.dtype) -> jax.Array:
     return jnp.dot(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=out_dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, precision: str, out_dtype: jnp.dtype):
+def _forward(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike, out_dtype: jnp.dtype):
     return _rounding_product(x, kernel, precision, out_dtype), (x, kernel)
 
 
-def _backward(precision: str, out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _backward(
+    precision: lax.PrecisionLike, out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+):
     x, kernel = saved
     tokens = tuple(range(x.ndim - 1))
-    options = {"precision": precision, "preferred_element_type": gradient.dtype}
-    x_gradient = jnp.dot(gradient, kernel.astype(x.dtype).T, **options)
-    options["preferred_element_type"] = kernel.dtype
-    return x_gradient.astype(x.dtype), lax.dot_general(x, gradient, ((tokens, tokens), ((), ())), **options)
+    x_gradient = jnp.dot(gradient, kernel.astype(x.dtype).T, precision=precision, preferred_element_type=gradient.dtype)
+    kernel_gradient = lax.dot_general(
+        x, gradient, ((tokens, tokens), ((), ())), precision=precision, preferred_element_type=kernel.dtype
+    )
+    return x_gradient.astype(x.dtype), kernel_gradient
 
 
 _rounding_product.defvjp(_forward, _backward)
 
 
 def precision_of(config: ConfigDict) -> str:
-    """`config.model.precision` of a float32 model; in bfloat16 only the head's gradients are float32, and not exact."""
+    """`config.model.precision` of a float32 model; "default" in bfloat16, where each product has a bfloat16 factor."""
     return config.model.precision if config.model.dtype == "float32" else "default"
+
+
+def normed(norm: nnx.RMSNorm | nnx.LayerNorm, x: jax.Array) -> jax.Array:
+    """x normed in the dtype of `norm`, and rounded to that of x.
+
+    That is float32, or the gradients of its parameters would be sums over tokens in bfloat16.
+    """
+    return norm(x).astype(x.dtype)
 
 
 def dropout(layer: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -24,9 +24,9 @@ class Terms:
 
     Attributes:
       embed: positions [...] -> [..., d_model], added to the token embedding (sinusoidal, learned).
-      rotate: (x [B, T, H, D], turns of its positions) -> x, applied to queries and keys (RoPE); see `rotated`.
-      turns: positions [T] or [B, T], NumPy's if they are known while tracing, -> what `rotate` needs of them, a tree of
-        arrays such as cosines and sines, which all layers of a model may share. None: the positions themselves.
+      rotate: (x [B, T, H, D], `turns_of` its positions) -> x, applied to queries and keys (RoPE).
+      turns: positions [T] or [B, T], NumPy's if they are known while tracing, -> a tree of arrays, such as cosines and
+        sines, that `rotate` takes and all layers of a model may share. None: `rotate` takes the positions themselves.
       relative_keys: distances [...] -> [..., D] or [H, ..., D] (wavelet, Shaw, Transformer-XL).
       relative_values: distances [...] -> [..., D] or [H, ..., D] (Shaw's value side).
       content_bias, position_bias: [H, D] each: u and v of Transformer-XL.
@@ -59,15 +59,15 @@ class Terms:
         return dataclasses.replace(self, rotate=None, turns=None)
 
     def turns_of(self, positions: jax.Array | np.ndarray) -> Any:
-        """What `rotate` needs of these positions, [T] or [B, T]."""
+        """The second argument of `rotate` for these positions, [T] or [B, T]."""
         return positions if self.turns is None else self.turns(positions)
 
-    def rotated(self, x_BxTxHxD: jax.Array, positions: jax.Array | np.ndarray) -> jax.Array:
-        """Queries or keys at these positions, [T] or [B, T], rotated where the method rotates."""
+    def rotated(self, x_BxTxHxD: jax.Array, turns: Any) -> jax.Array:
+        """Queries or keys, rotated by `turns_of` their positions where the method rotates."""
         if self.rotate is None:
             return x_BxTxHxD
         with jax.named_scope("rotate"):
-            return self.rotate(x_BxTxHxD, self.turns_of(positions))
+            return self.rotate(x_BxTxHxD, turns)
 
 
 class PositionMethod(Protocol):
