@@ -218,9 +218,9 @@ class Decoder(nnx.Module):
             )
 
         of_queries = turns(query_positions, queries)
-        if key_positions is query_positions:
-            return of_queries, of_queries
-        return of_queries, turns(key_positions, queries if cache is None else cache.room)
+        if cache is not None:
+            return of_queries, turns(key_positions, cache.room)
+        return of_queries, of_queries if key_positions is query_positions else turns(key_positions, queries)
 
     def block(self, layer: int) -> Block:
         """One layer, counted from 0; also where the parameters of all are stacked."""
